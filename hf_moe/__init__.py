@@ -1,0 +1,7 @@
+"""hf_moe: DeepSeek-V2/V3 and Kimi-K2 for plain Transformers. Importing it registers the models with the Auto classes."""
+
+from .register import register
+
+__version__ = "0.1.0"
+
+register()
