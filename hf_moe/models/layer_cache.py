@@ -34,7 +34,7 @@ class GrowingLayer(DynamicLayer):
             # Writing in place would break autograd's saved tensors.
             self._buffers = None
             return super().update(key_states, value_states, *args, **kwargs)
-        if not self._has_room(past + new):
+        if not self._has_room(past + new, key_states.shape[0]):
             self._make_room(past, past + new, key_states, value_states)
         views = []
         for buffer, states in zip(self._buffers, (key_states, value_states)):
@@ -43,14 +43,14 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = views
         return self.keys, self.values
 
-    def _has_room(self, length: int) -> bool:
-        if self._buffers is None or self._buffers[0].shape[-2] < length:
+    def _has_room(self, length: int, batch_size: int) -> bool:
+        if self._buffers is None or self._buffers[0].shape[-2] < length or self._buffers[0].shape[0] != batch_size:
             return False
         if self._buffers[0].is_inference() and not torch.is_inference_mode_enabled():
             return False  # made under inference_mode, not writable outside
         # The base class may have replaced the tensors (beam reordering, batch selection): then the views are not ours.
         return all(
-            tensor.numel() == 0 or tensor.data_ptr() == buffer.data_ptr() and tensor.shape[0] == buffer.shape[0]
+            tensor.numel() == 0 or tensor.data_ptr() == buffer.data_ptr()
             for tensor, buffer in zip((self.keys, self.values), self._buffers)
         )
 

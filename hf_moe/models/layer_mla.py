@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .layer_dense import RMSNorm
+from .layer_linear import Linear
 from .layer_rope import rotate_halves, rotate_interleaved, yarn_softmax_gain
 
 
@@ -54,9 +55,14 @@ def eager_attention(
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=_wide(query.dtype)).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a softmax: float32, or float64 for a float64 model."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def absorbed_attention(
@@ -85,20 +91,34 @@ def absorbed_attention(
     context = latent.shape[2]
     latent, key_rope = latent.squeeze(1), key_rope.squeeze(1)  # (B, T, r), (B, T, p)
     # Heads become rows of one matrix product per sequence: the cache is read once, not once a head.
-    scores = torch.matmul(query.flatten(1, 2), latent.transpose(1, 2))  # (B, S h, T)
-    scores = torch.baddbmm(scores, query_rope.flatten(1, 2), key_rope.transpose(1, 2))
-    weights = scores.view(batch, seq, heads, context).float() * scaling
+    scores = _matmul(query_rope.flatten(1, 2), key_rope.transpose(1, 2))  # (B, S h, T)
+    scores = _matmul(query.flatten(1, 2), latent.transpose(1, 2), add=scores)
+    weights = scores.view(batch, seq, heads, context).to(_wide(query.dtype)) * scaling
     if attention_mask is not None:
         mask = attention_mask.transpose(1, 2)  # (B or 1, S, h or 1, T)
         if mask.dtype == torch.bool:
-            weights = weights.masked_fill(~mask, torch.finfo(torch.float32).min)
+            weights = weights.masked_fill(~mask, torch.finfo(weights.dtype).min)
         else:
             weights = weights + mask
     weights = weights.softmax(-1).to(query.dtype)  # (B, S, h, T)
     if dropout:
         weights = nn.functional.dropout(weights, p=dropout)
-    attended = torch.matmul(weights.flatten(1, 2), latent).view(batch, seq, heads, -1)
+    attended = _matmul(weights.flatten(1, 2), latent).view(batch, seq, heads, -1)
     return attended, weights.transpose(1, 2)
+
+
+def _matmul(left: torch.Tensor, right: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
+    """Batched (B, M, K) x (B, K, N), plus `add` (B, M, N).
+
+    On the CPU one product per batch entry: the batched bfloat16 kernel copies its operands, here the whole cache.
+    """
+    if left.device.type != "cpu":
+        return torch.bmm(left, right) if add is None else torch.baddbmm(add, left, right)
+    if add is None:
+        products = [torch.mm(*pair) for pair in zip(left.unbind(0), right.unbind(0))]
+    else:
+        products = [torch.addmm(*triple) for triple in zip(add.unbind(0), left.unbind(0), right.unbind(0))]
+    return products[0].unsqueeze(0) if len(products) == 1 else torch.stack(products)
 
 
 class LatentAttention(nn.Module):
@@ -127,19 +147,19 @@ class LatentAttention(nn.Module):
 
         query_width = self.num_heads * self.qk_head_dim
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
+            self.q_proj = Linear(config.hidden_size, query_width, bias=False)
         else:
-            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=config.attention_bias)
+            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank, bias=config.attention_bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(
+            self.q_b_proj = Linear(config.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = Linear(
             config.hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=config.attention_bias
         )
         self.kv_a_layernorm = RMSNorm(self.kv_lora_rank)
-        self.kv_b_proj = nn.Linear(
+        self.kv_b_proj = Linear(
             self.kv_lora_rank, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False
         )
-        self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = Linear(self.num_heads * self.v_head_dim, config.hidden_size, bias=config.attention_bias)
 
     def forward(
         self,
@@ -207,7 +227,10 @@ class LatentAttention(nn.Module):
 
     def _attend_absorbed(self, query_nope, query_rope, latent, key_rope, attention_mask, **kwargs):
         key_half, value_half = self._kv_b_halves()
-        query = torch.einsum("bshn,hnr->bshr", query_nope, key_half)
+        batch, seq = query_nope.shape[:2]
+        # Into latent space, head by head: (h, B S, n) x (h, n, r).
+        query = torch.bmm(query_nope.flatten(0, 1).transpose(0, 1), key_half)
+        query = query.transpose(0, 1).unflatten(0, (batch, seq))  # (B, S, h, r)
         attended, weights = absorbed_attention(
             query,
             query_rope,
@@ -217,7 +240,9 @@ class LatentAttention(nn.Module):
             self.scaling,
             dropout=self.attention_dropout if self.training else 0.0,
         )
-        return torch.einsum("bshr,hvr->bshv", attended, value_half), weights
+        # And out of it: (h, v, r) x (h, r, B S). The weight goes first, since it must not be copied.
+        output = torch.bmm(value_half, attended.flatten(0, 1).permute(1, 2, 0))
+        return output.permute(2, 0, 1).unflatten(0, (batch, seq)), weights  # (B, S, h, v)
 
     def _kv_b_halves(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`kv_b_proj` as its key part (h, n, r) and value part (h, v, r): rows alternate per head, not in two halves."""

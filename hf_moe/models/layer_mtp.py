@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from .layer_dense import RMSNorm
+from .layer_linear import Linear
 
 
 class SharedHead(nn.Module):
@@ -27,7 +28,7 @@ class MTPMixin:
         """Adds `enorm`, `hnorm`, `eh_proj`, `shared_head` and an unset `embed_tokens`."""
         self.enorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = SharedHead(config)
         self.embed_tokens: nn.Embedding | None = None
 

@@ -11,14 +11,15 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import PreTrainedModel
 
 from .layer_experts import Experts
 from .layer_router import TopkRouter
 from .op_moe import BACKEND_NAME
-from .weights_experts import upstream_parts
-from .weights_quantized import plain_tensors, read_quantization_config
+from .weights_experts import defer_experts, upstream_parts
+from .weights_lazy import LazyTensor, plain_tensors, read_quantization_config
 from .weights_safetensors import INDEX_NAME, SINGLE_NAME, CheckpointError, check_folder, open_files
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -128,9 +129,10 @@ class MoePreTrainedModel(PreTrainedModel):
             tensors = plain_tensors(open_files(checkpoint_files), options["decoding"])
             if options["check_names"]:
                 _fit_model(model, tensors, load_config)
-            if options["decoding"] is not None:
-                state_dict, checkpoint_files = tensors, None
-                expected_keys = None
+            to_disk = "disk" in (load_config.device_map or {}).values()
+            if options["decoding"] is not None or not (to_disk or is_deepspeed_zero3_enabled()):
+                # Offloading to disk refers to plain files where they lie, and ZeRO-3 reads them itself.
+                state_dict, checkpoint_files = defer_experts(tensors), None
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     # --- saving -----------------------------------------------------------------------------------------------------
@@ -203,7 +205,7 @@ def _fit_model(model: MoePreTrainedModel, tensors: dict[str, Any], load_config) 
         duplicate, original = names.get(_stem(duplicate)), names.get(_stem(original))
         if duplicate is None:
             continue
-        if original is not None and not torch.equal(tensors[duplicate][...], tensors[original][...]):
+        if original is not None and not _same(tensors[duplicate], tensors[original]):
             model.untie_mtp_tensor(duplicate)
     shared = {re.escape(_stem(duplicate)) for duplicate in model.mtp_duplicates()}
     model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | shared
@@ -234,6 +236,12 @@ def _fit_model(model: MoePreTrainedModel, tensors: dict[str, Any], load_config) 
             f"{source}: tensor model.{missing[0]}{more} missing. They would be newly initialised; complete the "
             f"checkpoint, or correct config.json (`n_routed_experts={num_experts}`)."
         )
+
+
+def _same(left, right) -> bool:
+    if isinstance(left, LazyTensor) and isinstance(right, LazyTensor) and left.entry.dtype == right.entry.dtype:
+        return left.entry.same_bytes(right.entry)
+    return torch.equal(left[...], right[...])
 
 
 def _stem(name: str) -> str:

@@ -25,6 +25,7 @@ from .configuration_deepseek_v3 import DeepseekV3Config
 from .layer_cache import adopt_growing_layers
 from .layer_dense import GatedMLP, RMSNorm
 from .layer_experts import MoE
+from .layer_linear import Linear
 from .layer_mla import LatentAttention, absorbed_is_cheaper
 from .layer_mtp import MTPMixin
 from .layer_rope import RotaryEmbedding
@@ -115,7 +116,7 @@ class DeepseekV3PreTrainedModel(MoePreTrainedModel):
             if parts[2] == "embed_tokens":
                 layer.embed_tokens = nn.Embedding(vocab_size, hidden_size, dtype=self.dtype)
             else:
-                layer.shared_head.head = nn.Linear(hidden_size, vocab_size, bias=False, dtype=self.dtype)
+                layer.shared_head.head = Linear(hidden_size, vocab_size, bias=False, dtype=self.dtype)
 
 
 class DeepseekV3Model(DeepseekV3PreTrainedModel):
@@ -285,7 +286,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

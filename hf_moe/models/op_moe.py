@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .op_linear import linear
+
 BACKEND_NAME = "hf_moe"
 # Up to this many routed rows, gathering their weight matrices beats a loop with a host sync (dtypes without a
 # grouped kernel on the accelerator).
@@ -39,6 +41,9 @@ def experts_cpu(
     """
     num_tokens, top_k = topk_indices.shape
     num_experts = gate_up_proj.shape[0]
+    inputs = (hidden_states, topk_weights, gate_up_proj, down_proj)
+    if num_tokens == 1 and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
+        return _experts_one_token(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn)
     if torch.is_grad_enabled() and (gate_up_proj.requires_grad or down_proj.requires_grad):
         # Indexing would give every touched expert a gradient of the size of the whole stack.
         gate_up, down = gate_up_proj.unbind(0), down_proj.unbind(0)
@@ -56,12 +61,24 @@ def experts_cpu(
         gate, up = F.linear(rows[start : start + count], gate_up[expert]).chunk(2, dim=-1)  # (count, I) each
         outputs.append(F.linear(act_fn(gate) * up, down[expert]))  # (count, H)
         start += count
+    if not outputs:  # no row has its expert here: an empty product keeps the shape and the gradient path
+        outputs.append(F.linear(act_fn(F.linear(rows[:0], gate_up[0]).chunk(2, dim=-1)[0]), down[0]))
     if start < order.numel():  # rows of other ranks' experts were sorted to the end
         outputs.append(rows.new_zeros(order.numel() - start, rows.shape[1]))
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
     outputs = torch.cat(outputs).index_select(0, inverse).view(num_tokens, top_k, -1)
     return (outputs * topk_weights.float().unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
+
+
+def _experts_one_token(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn) -> torch.Tensor:
+    """`experts_cpu` for T = 1 without gradients, where sorting and gathering would cost as much as the products."""
+    output = hidden_states.new_zeros(hidden_states.shape, dtype=torch.float32)
+    for expert, weight in zip(topk_indices[0].tolist(), topk_weights[0].tolist()):
+        if expert < gate_up_proj.shape[0]:
+            gate, up = linear(hidden_states, gate_up_proj[expert]).chunk(2, dim=-1)  # (1, I) each
+            output.add_(linear(act_fn(gate) * up, down_proj[expert]), alpha=weight)
+    return output.to(hidden_states.dtype)
 
 
 # Opaque to torch.compile: the loop depends on the routing. Inference only; training under compile takes another path.

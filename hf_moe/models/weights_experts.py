@@ -4,17 +4,26 @@ Upstream: `mlp.experts.{e}.gate_proj.weight` (I, H), `.up_proj.weight` (I, H), `
 In memory: `mlp.experts.gate_up_proj` (E, 2I, H), gate rows first, and `mlp.experts.down_proj` (E, H, I).
 """
 
+import os
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
+
+from .weights_lazy import DeferredTensor
 
 # Fused parameter to the upstream parts that are concatenated into it, in order, along the rows of each expert.
 FUSED_EXPERTS = {
     "mlp.experts.gate_up_proj": ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
     "mlp.experts.down_proj": ("mlp.experts.{e}.down_proj.weight",),
 }
+
+_EXPERT_PART = re.compile(r"mlp\.experts\.\d+\.(gate|up|down)_proj\.weight$")
+_READERS = min(4, os.cpu_count() or 1)
 
 
 class StackExperts(ConversionOps):
@@ -27,14 +36,19 @@ class StackExperts(ConversionOps):
         counts = [len(part) for part in parts]
         if len(parts) != len(source_patterns) or len(set(counts)) != 1:
             raise ValueError(f"{source_patterns} have {counts} tensors: some experts are incomplete")
-        rows = sum(part[0].shape[0] for part in parts)
-        stacked = parts[0][0].new_empty((counts[0], rows, parts[0][0].shape[1]))
-        for expert in range(counts[0]):
-            start = 0
-            for part in parts:
+        heights = [part[0].shape[0] for part in parts]
+        stacked = parts[0][0].new_empty((counts[0], sum(heights), parts[0][0].shape[1]))
+
+        def fill(expert: int) -> None:
+            for part, target in zip(parts, stacked[expert].split(heights)):
                 tensor, part[expert] = part[expert], None
-                stacked[expert, start : start + tensor.shape[0]].copy_(tensor)
-                start += tensor.shape[0]
+                if isinstance(tensor, DeferredTensor):
+                    tensor.read_into(target)
+                else:
+                    target.copy_(tensor)
+
+        with ThreadPoolExecutor(max_workers=_READERS) as readers:
+            list(readers.map(fill, range(counts[0])))
         return {target_patterns[0]: stacked}
 
     @property
@@ -85,3 +99,10 @@ def upstream_parts(parameter: str, num_experts: int) -> Iterator[tuple[str, int]
             for expert in range(num_experts):
                 for part in parts:
                     yield stem + part.format(e=expert), len(parts)
+
+
+def defer_experts(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The same tensors, those of experts as notes that `StackExperts` reads into place."""
+    return {
+        name: DeferredTensor(tensor) if _EXPERT_PART.search(name) else tensor for name, tensor in tensors.items()
+    }

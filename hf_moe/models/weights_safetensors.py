@@ -4,11 +4,11 @@ The format is an 8-byte little-endian header length, a JSON header and the tenso
 through the library lets every complaint name the file and the tensor, and lets a tensor be decoded while it is loaded.
 """
 
+import ctypes
 import json
 import os
 import struct
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -49,15 +49,44 @@ class TensorEntry:
     end: int
 
     def read(self) -> torch.Tensor:
-        """The tensor, as a view of the memory-mapped file where alignment allows, else as a copy."""
-        raw = self.file.mapped[self.file.data_offset + self.begin : self.file.data_offset + self.end]
-        if raw.storage_offset() % self.dtype.itemsize:
-            raw = raw.clone()
-        return raw.view(self.dtype).view(self.shape)
+        """Reads the tensor into fresh memory."""
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        self.read_into(tensor)
+        return tensor
+
+    def read_into(self, target: torch.Tensor) -> None:
+        """Reads the tensor into `target`: contiguous, on the CPU, of this dtype and shape.
+
+        Plain reads rather than a memory map: mapped pages would stay resident beside the parameters made from them.
+        """
+        assert target.is_contiguous() and target.dtype == self.dtype and tuple(target.shape) == self.shape
+        size = self.end - self.begin
+        buffer = memoryview((ctypes.c_char * size).from_address(target.data_ptr())).cast("B") if size else b""
+        with open(self.file.path, "rb", buffering=0) as stream:
+            stream.seek(self.file.data_offset + self.begin)
+            done = 0
+            while done < size:
+                count = stream.readinto(buffer[done:])
+                if not count:
+                    raise CheckpointError(f"{self.file.path}: ended inside tensor {self.name}. Download it again.")
+                done += count
+
+    def same_bytes(self, other: "TensorEntry", chunk: int = 1 << 24) -> bool:
+        """Whether two tensors are equal in dtype, shape and every byte, read in pieces."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        with open(self.file.path, "rb") as left, open(other.file.path, "rb") as right:
+            left.seek(self.file.data_offset + self.begin)
+            right.seek(other.file.data_offset + other.begin)
+            for start in range(0, self.end - self.begin, chunk):
+                count = min(chunk, self.end - self.begin - start)
+                if left.read(count) != right.read(count):
+                    return False
+        return True
 
 
 class SafetensorsFile:
-    """Header and lazily mapped bytes of one safetensors file.
+    """Header of one safetensors file.
 
     Raises:
         CheckpointError: if the file is missing, is no safetensors file, or is shorter than its header says.
@@ -98,11 +127,6 @@ class SafetensorsFile:
         if end - begin != count * dtype.itemsize:
             raise CheckpointError(f"{self.path}: tensor {name} has {end - begin} bytes, not what its shape needs.")
         return TensorEntry(self, name, dtype, tuple(fields["shape"]), begin, end)
-
-    @cached_property
-    def mapped(self) -> torch.Tensor:
-        """The whole file as a private memory map, (bytes,) uint8."""
-        return torch.from_file(self.path, shared=False, size=self.size, dtype=torch.uint8)
 
 
 def open_files(paths: list[str], weight_map: dict[str, str] | None = None) -> dict[str, TensorEntry]:

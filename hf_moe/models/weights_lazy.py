@@ -1,7 +1,7 @@
-"""Quantised checkpoints seen as plain ones: each weight is decoded when the loader asks for it.
+"""Checkpoint tensors as the loader sees them: plain ones, read and decoded when they are needed.
 
-A quantised matrix is two or three tensors in the file. `plain_tensors` shows them under the name of the weight, as
-objects with the interface of a safetensors slice, so that loading, sharding and casting go on as for a plain file.
+A quantised matrix is two or three tensors in the file. `plain_tensors` shows it under the name of the weight, as an
+object with the interface of a safetensors slice, so that loading, sharding and casting go on as for a plain file.
 """
 
 from dataclasses import dataclass
@@ -24,6 +24,13 @@ class LazyTensor:
 
     def __getitem__(self, index) -> torch.Tensor:
         return self.entry.read()[index]
+
+    def read_into(self, target: torch.Tensor) -> None:
+        """Fills `target`, of the same shape; directly where dtype and device allow."""
+        if target.dtype == self.entry.dtype and target.device.type == "cpu" and target.is_contiguous():
+            self.entry.read_into(target)
+        else:
+            target.copy_(self.entry.read())
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,44 @@ class Int4Weight:
     def __getitem__(self, index) -> torch.Tensor:
         packed, scale = self.weight_packed.read(), self.weight_scale.read()
         return dequantize_packed_int4(packed, scale, self.shape, self.group_size)[index]
+
+
+class DeferredTensor:
+    """A lazy tensor that only notes where it shall go; the converter that stacks it reads it into its place.
+
+    Transformers' loader reads ahead of its conversions, so that tensors would pile up beside the parameter that is
+    made from them. `[...]` and `.to()` therefore give another note; real slices, as tensor parallelism takes them,
+    give tensors.
+    """
+
+    def __init__(self, source, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        self.source, self.device, self.dtype = source, device, dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.source.get_shape())
+
+    def get_shape(self) -> list[int]:
+        return self.source.get_shape()
+
+    def __getitem__(self, index):
+        return self if index is Ellipsis else self.source[index]
+
+    def to(self, device=None, dtype: torch.dtype | None = None) -> "DeferredTensor":
+        return DeferredTensor(self.source, device or self.device, dtype or self.dtype)
+
+    def new_empty(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """An uninitialised tensor where this one shall go."""
+        entry = getattr(self.source, "entry", None)
+        dtype = self.dtype or (entry.dtype if entry is not None else torch.float32)
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def read_into(self, target: torch.Tensor) -> None:
+        """Reads and decodes the tensor into `target`."""
+        if isinstance(self.source, LazyTensor):
+            self.source.read_into(target)
+        else:
+            target.copy_(self.source[...])
 
 
 def read_quantization_config(quantization_config: Any) -> dict[str, Any] | None:

@@ -1,0 +1,278 @@
+"""Latent attention: the two evaluation orders against each other and against a loop over heads and queries."""
+
+import copy
+
+import pytest
+import torch
+from testing import assert_close
+from tiny import left_padded, random_ids, tiny_config, tiny_model
+from transformers import DynamicCache
+
+from hf_moe.models import layer_mla
+from hf_moe.models.configuration_deepseek_v3 import DeepseekV3Config
+from hf_moe.models.configuration_kimi_k2 import KimiK2Config
+from hf_moe.models.layer_mla import LatentAttention, absorbed_is_cheaper
+from hf_moe.models.layer_rope import RotaryEmbedding
+
+DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.float64, id="float64")]
+FORMAT = {torch.float32: "float32", torch.float64: "float64"}
+
+
+def make_attention(dtype=torch.float64, **overrides) -> LatentAttention:
+    config = tiny_config(**overrides)
+    config._attn_implementation = "eager"
+    attention = LatentAttention(config, layer_idx=0).eval()
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * (1.5 * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1))
+    return attention.to(dtype)
+
+
+def tables(attention, positions, dtype):
+    """cos and sin in the dtype of the test. Computed in float32, as the model does."""
+    cos, sin = RotaryEmbedding(attention.config)(torch.zeros(1), positions)
+    return cos.to(dtype), sin.to(dtype)
+
+
+def causal(batch: int, queries: int, context: int) -> torch.Tensor:
+    """Boolean (B, 1, S, T): the queries are the last of the context."""
+    mask = torch.ones(queries, context, dtype=torch.bool).tril(context - queries)
+    return mask.expand(batch, 1, queries, context).clone()
+
+
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def by_definition(attention, hidden_states, positions, mask) -> torch.Tensor:
+    """The equations of the DeepSeek-V2 report, one head and one query at a time; rotation by complex multiplication."""
+    a, config = attention, attention.config
+    norm = lambda x, w: x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * w  # noqa: E731
+    nope, rope, wide = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    cos, sin = tables(a, positions, hidden_states.dtype)
+    turn = torch.complex(cos, sin)
+
+    def rotate(x):  # (B, S, p)
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+
+    if config.q_lora_rank is None:
+        query = hidden_states @ a.q_proj.weight.t()
+    else:
+        query = norm(hidden_states @ a.q_a_proj.weight.t(), a.q_a_layernorm.weight) @ a.q_b_proj.weight.t()
+    compressed = hidden_states @ a.kv_a_proj_with_mqa.weight.t()
+    latent = norm(compressed[..., : config.kv_lora_rank], a.kv_a_layernorm.weight)
+    key_rope = rotate(compressed[..., config.kv_lora_rank :])
+    expanded = latent @ a.kv_b_proj.weight.t()
+    batch, seq, _ = hidden_states.shape
+    outputs = []
+    for head in range(a.num_heads):
+        q = query[..., head * (nope + rope) : (head + 1) * (nope + rope)]
+        q = torch.cat((q[..., :nope], rotate(q[..., nope:])), -1)
+        kv = expanded[..., head * (nope + wide) : (head + 1) * (nope + wide)]
+        k, v = torch.cat((kv[..., :nope], key_rope), -1), kv[..., nope:]
+        output = torch.zeros(batch, seq, wide, dtype=hidden_states.dtype)
+        for b in range(batch):
+            for s in range(seq):
+                seen = mask[b, 0, s]
+                weights = ((k[b, seen] @ q[b, s]) * a.scaling).softmax(-1)
+                output[b, s] = weights @ v[b, seen]
+        outputs.append(output)
+    return torch.cat(outputs, -1) @ a.o_proj.weight.t()
+
+
+@pytest.mark.parametrize("absorbed", [False, True], ids=["expanded", "absorbed"])
+@pytest.mark.parametrize("q_lora_rank", [28, None], ids=["q_lora", "no_q_lora"])
+def test_against_the_definition(q_lora_rank, absorbed):
+    attention = make_attention(q_lora_rank=q_lora_rank)
+    hidden_states, positions = torch.randn(2, 7, 48, dtype=torch.float64), torch.arange(7).expand(2, 7) + 3
+    mask = causal(2, 7, 7)
+    expected = by_definition(attention, hidden_states, positions, mask)
+    form = mask if absorbed else additive(mask, torch.float64)
+    output, weights = attention(hidden_states, tables(attention, positions, torch.float64), form, absorbed=absorbed)
+    # The softmax runs in float32 by design.
+    assert_close("output", output, expected, "float32")
+    assert weights.shape == (2, 3, 7, 7)
+    assert_close("weights sum to one", weights.sum(-1), torch.ones(2, 3, 7), "float32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask_form", ["boolean", "additive", "per_head_additive", "none"])
+@pytest.mark.parametrize("past", [0, 9], ids=["no_past", "past"])
+def test_orders_agree(past, mask_form, dtype):
+    """Outputs, weights and all gradients, with random masks, against a cache or without."""
+    attention = make_attention(dtype)
+    queries = 1 if mask_form == "none" else 5
+    context = past + queries
+    mask = causal(2, queries, context)
+    if mask_form != "none":
+        mask &= torch.rand(mask.shape) < 0.7
+        mask[..., 0] = True
+    results = {}
+    cache = DynamicCache()
+    if past:
+        cache.update(torch.randn(2, 1, past, 24).to(dtype), torch.randn(2, 1, past, 4).to(dtype), 0)
+    states = torch.randn(2, queries, 48).to(dtype)
+    positions = torch.arange(past, context).expand(2, queries)
+    seed_grad = torch.randn(2, queries, 48).to(dtype)
+    for absorbed in (False, True):
+        form = mask if mask_form == "boolean" and absorbed else additive(mask, dtype)
+        if mask_form == "per_head_additive":
+            form = form + torch.linspace(-1, 1, 3 * context).view(1, 3, 1, context).to(dtype)
+        if mask_form == "none":
+            form = None if past else form
+        leaf = states.clone().requires_grad_()
+        attention.zero_grad()
+        kwargs = {"past_key_values": copy.deepcopy(cache)} if past else {}
+        output, weights = attention(leaf, tables(attention, positions, dtype), form, absorbed=absorbed, **kwargs)
+        output.backward(seed_grad)
+        gradients = {name: parameter.grad.clone() for name, parameter in attention.named_parameters()}
+        results[absorbed] = {"output": output, "weights": weights, "states": leaf.grad, **gradients}
+    for name, expected in results[False].items():
+        # float64 inputs still pass a float32 softmax.
+        assert_close(name, results[True][name], expected, "float32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_absorbed_is_exact_apart_from_the_softmax(dtype):
+    """With one visible token the softmax is 1, and the orders agree to the precision of the dtype."""
+    attention = make_attention(dtype)
+    states, positions = torch.randn(2, 6, 48).to(dtype), torch.arange(6).expand(2, 6)
+    mask = torch.eye(6, dtype=torch.bool).expand(2, 1, 6, 6)
+    with torch.no_grad():
+        tables_ = tables(attention, positions, dtype)
+        expanded, _ = attention(states, tables_, additive(mask, dtype), absorbed=False)
+        absorbed, _ = attention(states, tables_, mask, absorbed=True)
+    assert_close("output", absorbed, expanded, FORMAT[dtype])
+
+
+def test_half_split_checkpoints():
+    """`rope_interleave: false` with rows permuted accordingly is the same function."""
+    attention = make_attention()
+    other = make_attention(rope_interleave=False)
+    other.load_state_dict(attention.state_dict())
+    order = torch.tensor([0, 2, 1, 3])  # pairs (0, 1), (2, 3) to halves
+    with torch.no_grad():
+        rows = other.q_b_proj.weight.view(3, 12, -1)
+        rows[:, 8:] = rows[:, 8:][:, order].clone()
+        other.kv_a_proj_with_mqa.weight[24:] = other.kv_a_proj_with_mqa.weight[24:][order].clone()
+    states, positions = torch.randn(1, 6, 48, dtype=torch.float64), torch.arange(6).unsqueeze(0)
+    mask = additive(causal(1, 6, 6), torch.float64)
+    expected, _ = attention(states, tables(attention, positions, torch.float64), mask)
+    output, _ = other(states, tables(other, positions, torch.float64), mask)
+    assert_close("output", output, expected, "float64")
+
+
+def test_inner_norms_keep_their_own_epsilon():
+    attention = make_attention(rms_norm_eps=0.5)
+    assert attention.q_a_layernorm.variance_epsilon == attention.kv_a_layernorm.variance_epsilon == 1e-6
+
+
+def test_attention_bias():
+    """`attention_bias` adds biases to q_a_proj, kv_a_proj_with_mqa and o_proj, and the orders still agree."""
+    attention = make_attention(attention_bias=True)
+    assert sorted(name for name, _ in attention.named_parameters() if name.endswith("bias")) == [
+        "kv_a_proj_with_mqa.bias",
+        "o_proj.bias",
+        "q_a_proj.bias",
+    ]
+    states, positions = torch.randn(1, 5, 48, dtype=torch.float64), torch.arange(5).unsqueeze(0)
+    mask = causal(1, 5, 5)
+    cos_sin = tables(attention, positions, torch.float64)
+    expanded, _ = attention(states, cos_sin, additive(mask, torch.float64))
+    absorbed, _ = attention(states, cos_sin, mask, absorbed=True)
+    assert_close("output", absorbed, expanded, "float32")
+
+
+# --- whole models -----------------------------------------------------------------------------------------------------
+
+
+def forced(model, mode, **inputs):
+    model.config.mla_mode = mode
+    try:
+        with torch.no_grad():
+            return model(**inputs)
+    finally:
+        model.config.mla_mode = "auto"
+
+
+MASKS = ["none", "left_padding", "right_padding", "prepared_4d_boolean", "prepared_4d_additive", "packed"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2_lite"])
+def test_models_agree_under_every_mask(family, kind, implementation, dtype):
+    model = tiny_model(family, dtype=dtype, attn_implementation=implementation)
+    inputs = {"input_ids": random_ids(2, 11)}
+    real = torch.ones(2, 11, dtype=torch.bool)
+    if kind == "left_padding":
+        inputs["input_ids"], inputs["attention_mask"] = left_padded([random_ids(1, 11)[0], random_ids(1, 6)[0]])
+        real = inputs["attention_mask"].bool()
+    elif kind == "right_padding":
+        inputs["attention_mask"] = torch.tensor([[1] * 11, [1] * 6 + [0] * 5])
+        real = inputs["attention_mask"].bool()
+    elif kind.startswith("prepared_4d"):
+        mask = causal(2, 11, 11) & (torch.rand(2, 1, 11, 11) < 0.6)
+        mask |= torch.eye(11, dtype=torch.bool)
+        inputs["attention_mask"] = mask if kind.endswith("boolean") and implementation == "sdpa" else additive(mask, dtype)
+    elif kind == "packed":
+        inputs["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 4, 5, 6, 7, 8]])
+    expanded = forced(model, "expanded", **inputs).logits
+    absorbed = forced(model, "absorbed", **inputs).logits
+    assert_close("logits", absorbed[real], expanded[real], "float32")
+    if kind != "none":  # the mask matters
+        plain = forced(model, "expanded", input_ids=inputs["input_ids"]).logits
+        unmasked = 1 if kind in ("left_padding",) else None
+        if kind != "right_padding":
+            assert (plain - expanded)[unmasked:][real[unmasked:]].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("mode", ["expanded", "absorbed"])
+def test_mode_decides_which_order_runs(mode, monkeypatch):
+    calls = []
+    original = layer_mla.absorbed_attention
+    monkeypatch.setattr(layer_mla, "absorbed_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
+    model = tiny_model(mla_mode=mode)
+    with torch.no_grad():
+        cache = model(random_ids(1, 9), use_cache=True).past_key_values
+        assert len(calls) == (3 if mode == "absorbed" else 0)
+        model(random_ids(1, 1), past_key_values=cache)
+    assert len(calls) == (6 if mode == "absorbed" else 0)
+
+
+def test_auto_runs_prefill_expanded_and_decode_absorbed(monkeypatch):
+    calls = []
+    original = layer_mla.absorbed_attention
+    monkeypatch.setattr(layer_mla, "absorbed_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
+    model = tiny_model()
+    with torch.no_grad():
+        model(random_ids(1, 60))
+        assert not calls, "without a cache there is nothing to spare"
+        cache = model(random_ids(1, 60), use_cache=True).past_key_values
+        assert not calls
+        model(random_ids(1, 1), past_key_values=cache)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("config", [DeepseekV3Config(), KimiK2Config()], ids=["deepseek_v3", "kimi_k2"])
+@pytest.mark.parametrize("context", [256, 4096, 131072])
+def test_choice_at_real_sizes(config, context):
+    """Decode and short drafts go absorbed; prefill, and long chunks against a cache, go expanded."""
+    assert absorbed_is_cheaper(config, 1, context)
+    assert absorbed_is_cheaper(config, 4, context)
+    assert not absorbed_is_cheaper(config, context, context)
+    assert not absorbed_is_cheaper(config, 2048, 2048 + context)
+
+
+def test_choice_is_the_smaller_product_count():
+    """Multiplications counted one matrix product at a time, for one head."""
+    config = DeepseekV3Config()
+    r, n, p, v = config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    for queries in (1, 8, 64, 100, 150, 200, 512):
+        for context in (512, 1000, 8192):
+            expand, scores, values = context * r * (n + v), queries * context * (n + p), queries * context * v
+            into, latent_scores, rope_scores = queries * n * r, queries * context * r, queries * context * p
+            latent_values, out = queries * context * r, queries * r * v
+            fewer = into + latent_scores + rope_scores + latent_values + out < expand + scores + values
+            assert absorbed_is_cheaper(config, queries, context) == fewer

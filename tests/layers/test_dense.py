@@ -1,0 +1,37 @@
+"""RMSNorm and the gated MLP against their formulas in float64."""
+
+import pytest
+import torch
+from testing import assert_close
+
+from hf_moe.models.layer_dense import GatedMLP, RMSNorm
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+@pytest.mark.parametrize("scale", [1.0, 1e-3], ids=["unit", "tiny"])
+def test_rms_norm(eps, scale):
+    norm = RMSNorm(24, eps=eps)
+    torch.nn.init.normal_(norm.weight)
+    states = torch.randn(3, 5, 24) * scale
+    exact = states.double()
+    expected = exact / (exact.pow(2).mean(-1, keepdim=True) + eps).sqrt() * norm.weight.double()
+    assert_close("normed", norm(states), expected, "float32")
+
+
+def test_rms_norm_rounds_before_the_weight():
+    """In bfloat16 the normed state is rounded, then multiplied: bit for bit the upstream order."""
+    norm = RMSNorm(24).to(torch.bfloat16)
+    torch.nn.init.normal_(norm.weight)
+    states = torch.randn(7, 24).bfloat16()
+    wide = states.float()
+    expected = norm.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).bfloat16()
+    assert norm(states).dtype == torch.bfloat16
+    assert_close("normed", norm(states), expected, "bfloat16")
+
+
+def test_gated_mlp():
+    mlp = GatedMLP(12, 20, "silu")
+    states = torch.randn(4, 12)
+    gate, up = states.double() @ mlp.gate_proj.weight.double().t(), states.double() @ mlp.up_proj.weight.double().t()
+    expected = (gate * gate.sigmoid() * up) @ mlp.down_proj.weight.double().t()
+    assert_close("output", mlp(states), expected, "float32")

@@ -1,0 +1,202 @@
+"""Every experts backend against a double loop over tokens and choices in float64: outputs and all gradients."""
+
+import pytest
+import torch
+from testing import assert_close
+from tiny import tiny_config
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from hf_moe.models.layer_experts import Experts
+from hf_moe.models.op_moe import BACKEND_NAME, choose_backend, experts_cpu
+
+BACKENDS = ["eager", BACKEND_NAME, "grouped_mm", "batched_mm"]
+DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.bfloat16, id="bfloat16")]
+EXPERTS, TOP_K = 8, 3
+
+
+def make_experts(backend: str, dtype: torch.dtype = torch.float32, **overrides) -> Experts:
+    config = tiny_config(n_routed_experts=EXPERTS, n_group=1, topk_group=1, num_experts_per_tok=TOP_K, **overrides)
+    config._experts_implementation = backend
+    experts = Experts(config)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5)
+    return experts.to(dtype)
+
+
+def route(case: str) -> torch.Tensor:
+    """(T, K) expert ids without repetition inside a token."""
+    tokens = {"one_token": 1, "odd_tokens": 63, "empty_experts": 17, "all_on_one": 9}[case]
+    if case == "all_on_one":  # one choice per token, everyone takes expert 5
+        return torch.full((tokens, 1), 5)
+    pool = torch.tensor([0, 2, 3, 6]) if case == "empty_experts" else torch.arange(EXPERTS)
+    return torch.stack([pool[torch.randperm(len(pool))[:TOP_K]] for _ in range(tokens)])
+
+
+def double_loop(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj) -> torch.Tensor:
+    """The definition, one token and one choice at a time. Ids beyond the experts contribute nothing."""
+    rows = []
+    for token in range(topk_indices.shape[0]):
+        row = torch.zeros_like(hidden_states[token])
+        for choice in range(topk_indices.shape[1]):
+            expert = int(topk_indices[token, choice])
+            if expert >= gate_up_proj.shape[0]:
+                continue
+            gate, up = (gate_up_proj[expert] @ hidden_states[token]).chunk(2)
+            inner = gate / (1 + torch.exp(-gate)) * up
+            row = row + topk_weights[token, choice] * (down_proj[expert] @ inner)
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def run_with_gradients(function, inputs: dict, seed_grad: torch.Tensor) -> dict[str, torch.Tensor]:
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
+    output = function(**leaves)
+    output.backward(seed_grad.to(output.dtype))
+    return {"output": output, **{f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}}
+
+
+def call(experts, topk_indices):
+    def function(hidden_states, topk_weights, gate_up_proj, down_proj):
+        parameters = {"gate_up_proj": gate_up_proj, "down_proj": down_proj}
+        return torch.func.functional_call(experts, parameters, (hidden_states, topk_indices, topk_weights))
+
+    return function
+
+
+def compare(experts, topk_indices, dtype, weights=None):
+    tokens, choices = topk_indices.shape
+    inputs = {
+        "hidden_states": torch.randn(tokens, experts.hidden_dim).to(dtype),
+        "topk_weights": torch.rand(tokens, choices) + 0.2 if weights is None else weights,
+        "gate_up_proj": experts.gate_up_proj,
+        "down_proj": experts.down_proj,
+    }
+    seed_grad = torch.randn(tokens, experts.hidden_dim)
+    reference = run_with_gradients(
+        lambda **leaves: double_loop(topk_indices=topk_indices, **leaves),
+        {name: tensor.double() for name, tensor in inputs.items()},
+        seed_grad,
+    )
+    result = run_with_gradients(call(experts, topk_indices), inputs, seed_grad)
+    fmt = str(dtype).removeprefix("torch.")
+    for name, expected in reference.items():
+        is_gradient = dtype == torch.bfloat16 and name.startswith("gradient")
+        assert_close(name, result[name], expected, "bfloat16_grad" if is_gradient else fmt)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["one_token", "odd_tokens", "empty_experts", "all_on_one"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_outputs_and_gradients(backend, case, dtype):
+    compare(make_experts(backend, dtype), route(case), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inference_equals_training(backend, dtype):
+    """Without gradients a backend may take another path; its output is the same, and no memory is left unwritten."""
+    experts, topk_indices = make_experts(backend, dtype), route("odd_tokens")
+    hidden_states, weights = torch.randn(63, experts.hidden_dim).to(dtype), torch.rand(63, TOP_K)
+    with_grad = experts(hidden_states, topk_indices, weights)
+    with torch.no_grad():
+        without = experts(hidden_states, topk_indices, weights)
+    assert with_grad.dtype == without.dtype == dtype
+    assert_close("output", without, with_grad, str(dtype).removeprefix("torch."))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tokens(backend):
+    experts = make_experts(backend)
+    hidden_states = torch.randn(0, experts.hidden_dim, requires_grad=True)
+    output = experts(hidden_states, torch.zeros(0, TOP_K, dtype=torch.long), torch.zeros(0, TOP_K))
+    assert output.shape == (0, experts.hidden_dim) and output.dtype == torch.float32
+    if backend != "eager":  # the definition takes no part in a backward pass without rows
+        output.sum().backward()
+        assert hidden_states.grad.shape == (0, experts.hidden_dim)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expert_parallel_sentinels(backend, dtype, poisoned):
+    """Ids of `num_experts` and above are experts of another rank: weight 0, no contribution, no gradient."""
+    experts = make_experts(backend, dtype)
+    experts._is_expert_parallel = True
+    topk_indices = route("odd_tokens")
+    topk_indices[torch.rand(63, TOP_K) < 0.4] = EXPERTS
+    topk_indices[4] = EXPERTS  # a token without any local expert
+    weights = (torch.rand(63, TOP_K) + 0.2).masked_fill(topk_indices >= EXPERTS, 0.0)
+    compare(experts, topk_indices, dtype, weights)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "eager"])
+def test_no_local_expert_at_all(backend):
+    """A rank may have no work in a step: zeros, and a backward pass that reaches its parameters with zeros."""
+    experts = make_experts(backend)
+    experts._is_expert_parallel = True
+    hidden_states = torch.randn(5, experts.hidden_dim, requires_grad=True)
+    output = experts(hidden_states, torch.full((5, TOP_K), EXPERTS), torch.zeros(5, TOP_K))
+    assert torch.equal(output, torch.zeros_like(hidden_states))
+    output.sum().backward()
+    assert torch.equal(hidden_states.grad, torch.zeros_like(hidden_states))
+    for name, parameter in experts.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_cpu_form_leaves_its_arguments_alone():
+    experts = make_experts(BACKEND_NAME)
+    hidden_states, topk_indices = torch.randn(9, experts.hidden_dim), route("odd_tokens")[:9]
+    weights = torch.rand(9, TOP_K)
+    copies = [tensor.clone() for tensor in (hidden_states, topk_indices, weights)]
+    experts_cpu(hidden_states, topk_indices, weights, experts.gate_up_proj, experts.down_proj, experts.act_fn)
+    assert all(map(torch.equal, copies, (hidden_states, topk_indices, weights)))
+
+
+def test_permuting_tokens_permutes_the_output():
+    experts = make_experts(BACKEND_NAME)
+    hidden_states, topk_indices, weights = torch.randn(63, experts.hidden_dim), route("odd_tokens"), torch.rand(63, 3)
+    order = torch.randperm(63)
+    with torch.no_grad():
+        straight = experts(hidden_states, topk_indices, weights)
+        permuted = experts(hidden_states[order], topk_indices[order], weights[order])
+    assert_close("permuted output", permuted, straight[order], "float32")
+
+
+def test_autocast_reaches_the_experts():
+    """Under autocast the norm before the experts leaves float32 states, and the weights are bfloat16."""
+    experts = make_experts(BACKEND_NAME, torch.bfloat16)
+    topk_indices, weights = route("odd_tokens"), torch.rand(63, TOP_K)
+    hidden_states = torch.randn(63, experts.hidden_dim)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        output = experts(hidden_states, topk_indices, weights)
+    expected = double_loop(
+        hidden_states.double(), topk_indices, weights.double(), experts.gate_up_proj.double(), experts.down_proj.double()
+    )
+    assert_close("output", output, expected, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "device, dtype, rows, backend",
+    [
+        ("cpu", torch.bfloat16, 1, "cpu"),
+        ("cpu", torch.float32, 100_000, "cpu"),
+        ("meta", torch.bfloat16, 8, "batched_mm"),
+        ("cuda", torch.bfloat16, 8, "grouped_mm"),
+        ("cuda", torch.bfloat16, 100_000, "grouped_mm"),
+        ("cuda", torch.float32, 8, "batched_mm"),
+        ("cuda", torch.float32, 100_000, "grouped_mm"),
+    ],
+)
+def test_choice_of_backend(device, dtype, rows, backend):
+    assert choose_backend(torch.device(device), dtype, rows) == backend
+
+
+def test_training_under_compile_avoids_the_opaque_loop():
+    assert choose_backend(torch.device("cpu"), torch.float32, 64, compiling_with_grad=True) == "grouped_mm"
+
+
+def test_backend_is_registered_and_the_default():
+    from tiny import tiny_model
+
+    assert BACKEND_NAME in ALL_EXPERTS_FUNCTIONS.valid_keys()
+    assert tiny_model().config._experts_implementation == BACKEND_NAME

@@ -1,0 +1,67 @@
+"""What every test shares: comparison with named tolerances, the golden folders, and poisoned memory."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+# Relative error of the whole tensor (norm of the difference over norm of the reference), by format. A test names a
+# format, never a number.
+TOL = {
+    "exact": 0.0,
+    "float64": 1e-12,
+    "float32": 1e-5,
+    "bfloat16": 1e-2,
+    # Gradients that went through several bfloat16 products, each rounded on its way.
+    "bfloat16_grad": 2e-2,
+}
+
+# Largest absolute difference from a golden value, by quantity: what the project promises.
+GOLDEN_ATOL = {"logits": 1e-4, "mtp_logits": 1e-4, "last_hidden_state": 1e-4, "loss": 1e-5, "router_weights": 1e-5}
+
+
+def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, fmt: str) -> None:
+    """Fails unless `actual` is finite, has the shape of `expected` and is within `TOL[fmt]` of it in relative norm."""
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    a, e = actual.detach().double(), expected.detach().double()
+    assert a.isfinite().all(), f"{name}: {(~a.isfinite()).sum().item()} of {a.numel()} values are not finite"
+    if a.numel() == 0:
+        return
+    error = ((a - e).norm() / e.norm().clamp_min(1e-12)).item()
+    worst = (a - e).abs().argmax().item()
+    assert error <= TOL[fmt], (
+        f"{name}: relative error {error:.2e} > {TOL[fmt]:.0e} ({fmt}), worst at flat index {worst}: "
+        f"{a.flatten()[worst].item():.6g} instead of {e.flatten()[worst].item():.6g}, {actual.dtype}"
+    )
+
+
+def assert_golden(name: str, actual: torch.Tensor, expected: torch.Tensor, quantity: str) -> None:
+    """Fails unless every element is within `GOLDEN_ATOL[quantity]` of the golden value."""
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    error = (actual.detach().double() - expected.double()).abs().max().item()
+    assert error <= GOLDEN_ATOL[quantity], f"{name}: off by {error:.2e} > {GOLDEN_ATOL[quantity]:.0e} ({quantity})"
+
+
+def load_golden(case: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """Expected tensors and `meta.json` of a golden folder."""
+    folder = GOLDENS / case
+    return load_file(folder / "expected.safetensors"), json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def poison() -> Iterator[None]:
+    """Within, `torch.empty` returns NaN (integers: their largest value), so that memory never written shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
