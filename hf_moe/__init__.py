@@ -1,7 +1,9 @@
 """hf_moe: DeepSeek-V2/V3 and Kimi-K2 for plain Transformers. Importing it registers the models with the Auto classes."""
 
 from .register import register
+from .version import __version__
 
-__version__ = "0.1.0"
 
 register()
+
+__all__ = ["__version__", "register"]

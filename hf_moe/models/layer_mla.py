@@ -226,7 +226,7 @@ class LatentAttention(nn.Module):
         return (output[..., : self.v_head_dim] if pad > 0 else output), weights
 
     def _attend_absorbed(self, query_nope, query_rope, latent, key_rope, attention_mask, **kwargs):
-        key_half, value_half = self._kv_b_halves()
+        key_half, value_half = self._kv_b_halves(query_nope)
         batch, seq = query_nope.shape[:2]
         # Into latent space, head by head: (h, B S, n) x (h, n, r).
         query = torch.bmm(query_nope.flatten(0, 1).transpose(0, 1), key_half)
@@ -244,7 +244,11 @@ class LatentAttention(nn.Module):
         output = torch.bmm(value_half, attended.flatten(0, 1).permute(1, 2, 0))
         return output.permute(2, 0, 1).unflatten(0, (batch, seq)), weights  # (B, S, h, v)
 
-    def _kv_b_halves(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _kv_b_halves(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`kv_b_proj` as its key part (h, n, r) and value part (h, v, r): rows alternate per head, not in two halves."""
-        weight = self.kv_b_proj.weight.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))
+        weight = self.kv_b_proj.weight
+        if type(self.kv_b_proj) is not Linear or hasattr(self.kv_b_proj, "_hf_hook"):
+            # An adapter, a quantised layer or an offloaded one: the matrix is what the module makes of unit vectors.
+            weight = self.kv_b_proj(torch.eye(self.kv_lora_rank, dtype=like.dtype, device=like.device)).t()
+        weight = weight.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))
         return weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)

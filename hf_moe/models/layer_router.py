@@ -3,6 +3,8 @@
 Shapes: T tokens, K choices per token, E routed experts, G groups.
 """
 
+import contextlib
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -48,7 +50,8 @@ class TopkRouter(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden_states = hidden_states.reshape(-1, self.hidden_size)
-        router_logits = F.linear(hidden_states.float(), self.weight.float())  # (T, E)
+        with _no_autocast(hidden_states.device.type):
+            router_logits = F.linear(hidden_states.float(), self.weight.float())  # (T, E)
         scores = router_logits.softmax(-1) if self.scoring_func == "softmax" else router_logits.sigmoid()
         topk_indices = self._choose(scores)
         if self.training or not torch.compiler.is_compiling():  # a compiled decode step keeps no statistics
@@ -82,3 +85,10 @@ class TopkRouter(nn.Module):
             if self.scoring_func == "softmax":
                 return topk_scores  # V2: normalised weights are not scaled (upstream modeling code)
         return topk_scores * self.routed_scaling_factor
+
+
+def _no_autocast(device_type: str):
+    """Routes and their weights stay in float32 under mixed precision, too."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)

@@ -18,7 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .layer_experts import Experts
 from .layer_router import TopkRouter
 from .op_moe import BACKEND_NAME
-from .weights_experts import defer_experts, upstream_parts
+from .weights_experts import defer_experts, expert_index, upstream_parts
 from .weights_lazy import LazyTensor, plain_tensors, read_quantization_config
 from .weights_safetensors import INDEX_NAME, SINGLE_NAME, CheckpointError, check_folder, open_files
 
@@ -211,6 +211,11 @@ def _fit_model(model: MoePreTrainedModel, tensors: dict[str, Any], load_config) 
     model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | shared
 
     num_experts, missing = model.config.n_routed_experts, []
+    for name in names.values():
+        if (expert_index(name) or 0) >= num_experts:
+            raise CheckpointError(
+                f"The checkpoint has {name}, but config.json says `n_routed_experts={num_experts}`. One of them is wrong."
+            )
     for parameter, tensor in model.state_dict().items():
         stem = _stem(parameter)
         parts = list(upstream_parts(stem, num_experts))
@@ -224,11 +229,6 @@ def _fit_model(model: MoePreTrainedModel, tensors: dict[str, Any], load_config) 
                 missing.append(part)
             else:
                 _check_shape(names[part], tensors, (tensor.shape[1] // share, tensor.shape[2]), load_config)
-        for part, _ in list(upstream_parts(stem, num_experts + 1))[len(parts) :]:
-            if part in names:
-                raise CheckpointError(
-                    f"The checkpoint has {names[part]}, but config.json says `n_routed_experts={num_experts}`."
-                )
     if missing:
         source = load_config.pretrained_model_name_or_path or "The checkpoint"
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -5,7 +5,6 @@ the indices that upstream gives them, and take no part in the main forward pass.
 """
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -32,6 +31,14 @@ from .layer_rope import RotaryEmbedding
 from .layer_router import TopkRouter
 from .modeling_base import MoePreTrainedModel
 from .weights_experts import register_expert_converters
+
+
+class _BooleanMaskConfig:
+    """What `create_causal_mask` reads of a configuration, asking for boolean masks."""
+
+    def __init__(self, is_causal: bool):
+        self._attn_implementation = "sdpa"
+        self.is_causal = is_causal
 
 
 class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
@@ -89,10 +96,11 @@ class DeepseekV3PreTrainedModel(MoePreTrainedModel):
         self.config.num_nextn_predict_layers = count
 
     def count_mtp_layers(self, tensor_names: set[str]) -> int:
-        count = 0
-        while f"layers.{self.config.num_hidden_layers + count}.eh_proj.weight" in tensor_names:
-            count += 1
-        return count
+        # By any of the tensors that only MTP layers have, so that a lost one is noticed as missing.
+        own = ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
+        marked = [name.split(".") for name in tensor_names if name.startswith("layers.") and name.endswith(own)]
+        last = max((int(parts[1]) for parts in marked), default=-1)
+        return max(0, last + 1 - self.config.num_hidden_layers)
 
     def is_mtp_tensor(self, stem: str) -> bool:
         parts = stem.split(".")
@@ -251,7 +259,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         config = self.config
         if absorbed:
             # Absorbed attention reads boolean masks, whatever the attention implementation of the expanded order is.
-            config = SimpleNamespace(_attn_implementation="sdpa", is_causal=getattr(config, "is_causal", True))
+            config = _BooleanMaskConfig(getattr(config, "is_causal", True))
         return create_causal_mask(
             config=config,
             inputs_embeds=inputs_embeds,

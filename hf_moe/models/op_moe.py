@@ -67,7 +67,7 @@ def experts_cpu(
         outputs.append(rows.new_zeros(order.numel() - start, rows.shape[1]))
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
-    outputs = torch.cat(outputs).index_select(0, inverse).view(num_tokens, top_k, -1)
+    outputs = torch.cat(outputs).index_select(0, inverse).view(num_tokens, top_k, rows.shape[1])
     return (outputs * topk_weights.float().unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
 
 

@@ -22,7 +22,7 @@ FUSED_EXPERTS = {
     "mlp.experts.down_proj": ("mlp.experts.{e}.down_proj.weight",),
 }
 
-_EXPERT_PART = re.compile(r"mlp\.experts\.\d+\.(gate|up|down)_proj\.weight$")
+_EXPERT_PART = re.compile(r"mlp\.experts\.(\d+)\.(?:gate|up|down)_proj\.weight$")
 _READERS = min(4, os.cpu_count() or 1)
 
 
@@ -106,3 +106,9 @@ def defer_experts(tensors: dict[str, Any]) -> dict[str, Any]:
     return {
         name: DeferredTensor(tensor) if _EXPERT_PART.search(name) else tensor for name, tensor in tensors.items()
     }
+
+
+def expert_index(name: str) -> int | None:
+    """The expert that an upstream tensor belongs to; `None` for any other tensor."""
+    match = _EXPERT_PART.search(name)
+    return int(match.group(1)) if match else None

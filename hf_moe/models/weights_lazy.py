@@ -117,7 +117,7 @@ def read_quantization_config(quantization_config: Any) -> dict[str, Any] | None:
     method = fields.get("quant_method")
     if method == "fp8":
         block_size = fields.get("weight_block_size")
-        if not block_size or len(block_size) != 2:
+        if not _positive_integers(block_size, 2):
             raise ValueError(
                 f"quantization_config of method 'fp8' has weight_block_size {block_size!r}; only block FP8, such as "
                 "[128, 128], is read."
@@ -133,8 +133,19 @@ def read_quantization_config(quantization_config: Any) -> dict[str, Any] | None:
                 "quantization_config of method 'compressed-tensors' is not packed symmetric INT4 with groups "
                 f"(format {fields.get('format')!r}, weights {weights}); only that form is read."
             )
-        return {"quant_method": "int4", "group_size": weights[0]["group_size"]}
+        group_size = weights[0].get("group_size")
+        if not _positive_integers([group_size], 1):
+            raise ValueError(f"quantization_config of INT4 weights has group_size {group_size!r}; it must be positive.")
+        return {"quant_method": "int4", "group_size": group_size}
     return None
+
+
+def _positive_integers(values: Any, count: int) -> bool:
+    return (
+        isinstance(values, (list, tuple))
+        and len(values) == count
+        and all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in values)
+    )
 
 
 def plain_tensors(entries: dict[str, TensorEntry], quantization: dict[str, Any] | None) -> dict[str, Any]:
@@ -161,8 +172,7 @@ def plain_tensors(entries: dict[str, TensorEntry], quantization: dict[str, Any] 
             _require(method == "int4", entry, "is packed, but config.json does not say that it is INT4")
             for part in (f"{stem}_scale", f"{stem}_shape"):
                 _require(part in entries, entry, f"is incomplete: {part} is missing")
-            shape = tuple(int(size) for size in entries[f"{stem}_shape"].read())
-            tensors[stem] = Int4Weight(entry, entries[f"{stem}_scale"], shape, quantization["group_size"])
+            tensors[stem] = _int4_weight(entry, entries[f"{stem}_scale"], entries[f"{stem}_shape"], quantization)
             used.update((name, f"{stem}_scale", f"{stem}_shape"))
     for name, entry in entries.items():
         if name not in used:
@@ -170,6 +180,17 @@ def plain_tensors(entries: dict[str, TensorEntry], quantization: dict[str, Any] 
             _require(not stray, entry, f"belongs to no FP8 weight {name.removesuffix('_scale_inv')}")
             tensors[name] = LazyTensor(entry)
     return tensors
+
+
+def _int4_weight(packed: TensorEntry, scale: TensorEntry, shape: TensorEntry, quantization) -> Int4Weight:
+    group_size = quantization["group_size"]
+    sizes = tuple(int(size) for size in shape.read().flatten())
+    _require(_positive_integers(sizes, 2), shape, f"holds {sizes}, not the rows and columns of a matrix")
+    for entry, width in ((packed, 8), (scale, group_size)):
+        grid = (sizes[0], -(-sizes[1] // width))
+        _require(entry.shape == grid, entry, f"has shape {entry.shape}, but {shape.name} and the format ask for {grid}")
+    _require(packed.dtype == torch.int32, packed, f"has dtype {packed.dtype}, not int32")
+    return Int4Weight(packed, scale, sizes, group_size)
 
 
 def _require(condition: bool, entry: TensorEntry, problem: str) -> None:

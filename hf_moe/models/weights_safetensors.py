@@ -106,6 +106,8 @@ class SafetensorsFile:
                 header = json.loads(stream.read(header_bytes))
             except ValueError as error:
                 raise CheckpointError(f"{self.path}: the safetensors header is damaged ({error}).") from error
+        if not isinstance(header, dict):
+            raise CheckpointError(f"{self.path}: the safetensors header is damaged (it is no JSON object).")
         self.data_offset = 8 + header_bytes
         header.pop("__metadata__", None)
         self.entries = {name: self._entry(name, fields) for name, fields in header.items()}
@@ -117,16 +119,22 @@ class SafetensorsFile:
             )
 
     def _entry(self, name: str, fields: dict) -> TensorEntry:
-        dtype = _DTYPES.get(fields["dtype"])
+        try:
+            dtype_name, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
+            damaged = not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end))
+        except (TypeError, KeyError, ValueError):
+            damaged = True
+        if damaged:
+            raise CheckpointError(f"{self.path}: the safetensors header is damaged at tensor {name}.")
+        dtype = _DTYPES.get(dtype_name)
         if dtype is None:
-            raise CheckpointError(f"{self.path}: tensor {name} has the unknown dtype {fields['dtype']}.")
-        begin, end = fields["data_offsets"]
+            raise CheckpointError(f"{self.path}: tensor {name} has the unknown dtype {dtype_name}.")
         count = 1
-        for size in fields["shape"]:
+        for size in shape:
             count *= size
         if end - begin != count * dtype.itemsize:
             raise CheckpointError(f"{self.path}: tensor {name} has {end - begin} bytes, not what its shape needs.")
-        return TensorEntry(self, name, dtype, tuple(fields["shape"]), begin, end)
+        return TensorEntry(self, name, dtype, tuple(shape), begin, end)
 
 
 def open_files(paths: list[str], weight_map: dict[str, str] | None = None) -> dict[str, TensorEntry]:

@@ -305,7 +305,7 @@ def test_surplus_expert(tmp_path):
 def test_experts_beyond_the_configured_number(tmp_path):
     """Sixteen experts in the files and eight in the configuration, also with other numbers in between missing."""
     folder = edited_golden(tmp_path, "v3_basic", n_routed_experts=8)
-    assert_refused(folder, "n_routed_experts=8")
+    assert_refused(folder, "config.json", "(16, 64)", "(8, 64)")  # the router is looked at first
 
     def edit(tensors):
         for name in [name for name in tensors if ".layers.1.mlp.experts.0." in name]:
@@ -473,7 +473,7 @@ FP8 = read_config(golden("v3_fp8"))["quantization_config"]
         ("kimi_k2_int4", {**changed_weights(), "format": "marlin-24"}, ["compressed-tensors", "marlin-24"]),
         ("kimi_k2_int4", {**changed_weights(), "config_groups": {}}, ["compressed-tensors"]),
     ],
-    ids=range(13),
+    ids=map(str, range(13)),
 )
 def test_unsupported_quantization(case, quantization, named, tmp_path):
     folder = edited_golden(tmp_path, case, quantization_config=quantization)
