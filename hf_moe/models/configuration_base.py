@@ -39,7 +39,8 @@ class UpstreamConfig(PreTrainedConfig):
     derived_keys = ("head_dim", "qk_head_dim")
 
     def __post_init__(self, **kwargs):
-        kwargs.pop("auto_map", None)  # the repository's own remote code: ours replaces it when we save
+        if not self._is_our_code(kwargs.get("auto_map")):
+            kwargs.pop("auto_map", None)  # the repository's own remote code: ours replaces it when we save
         self._upstream_keys = []
         self._upstream_rope_scaling = copy.deepcopy(kwargs.get("rope_scaling"))
         rope = kwargs.get("rope_scaling") or getattr(self, "rope_parameters", None)
@@ -52,6 +53,10 @@ class UpstreamConfig(PreTrainedConfig):
             else:
                 self.rope_parameters = dict(rope)
         super().__post_init__(**kwargs)
+
+    def _is_our_code(self, auto_map: dict[str, str] | None) -> bool:
+        # A repository on the Hub stands before its class: "owner/name--module.Class".
+        return str((auto_map or {}).get("AutoConfig")).rpartition("--")[2] == self.remote_code_map.get("AutoConfig")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

@@ -19,6 +19,10 @@ class LazyTensor:
 
     entry: TensorEntry
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.entry.dtype
+
     def get_shape(self) -> list[int]:
         return list(self.entry.shape)
 
@@ -40,12 +44,17 @@ class Fp8Weight:
     weight: TensorEntry
     weight_scale_inv: TensorEntry
     block_size: tuple[int, int]
+    dtype = torch.float32
 
     def get_shape(self) -> list[int]:
         return list(self.weight.shape)
 
     def __getitem__(self, index) -> torch.Tensor:
         return dequantize_block_fp8(self.weight.read(), self.weight_scale_inv.read(), self.block_size)[index]
+
+    def read_into(self, target: torch.Tensor) -> None:
+        """Decodes into `target`, of the same shape."""
+        target.copy_(self[...])
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,7 @@ class Int4Weight:
     weight_scale: TensorEntry
     shape: tuple[int, int]
     group_size: int
+    dtype = torch.float32
 
     def get_shape(self) -> list[int]:
         return list(self.shape)
@@ -63,6 +73,10 @@ class Int4Weight:
     def __getitem__(self, index) -> torch.Tensor:
         packed, scale = self.weight_packed.read(), self.weight_scale.read()
         return dequantize_packed_int4(packed, scale, self.shape, self.group_size)[index]
+
+    def read_into(self, target: torch.Tensor) -> None:
+        """Decodes into `target`, of the same shape."""
+        target.copy_(self[...])
 
 
 class DeferredTensor:
@@ -91,16 +105,11 @@ class DeferredTensor:
 
     def new_empty(self, shape: tuple[int, ...]) -> torch.Tensor:
         """An uninitialised tensor where this one shall go."""
-        entry = getattr(self.source, "entry", None)
-        dtype = self.dtype or (entry.dtype if entry is not None else torch.float32)
-        return torch.empty(shape, dtype=dtype, device=self.device)
+        return torch.empty(shape, dtype=self.dtype or self.source.dtype, device=self.device)
 
     def read_into(self, target: torch.Tensor) -> None:
         """Reads and decodes the tensor into `target`."""
-        if isinstance(self.source, LazyTensor):
-            self.source.read_into(target)
-        else:
-            target.copy_(self.source[...])
+        self.source.read_into(target)
 
 
 def read_quantization_config(quantization_config: Any) -> dict[str, Any] | None:

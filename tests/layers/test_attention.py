@@ -24,7 +24,9 @@ def make_attention(dtype=torch.float64, **overrides) -> LatentAttention:
     attention = LatentAttention(config, layer_idx=0).eval()
     with torch.no_grad():
         for parameter in attention.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * (1.5 * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1))
+            parameter.copy_(
+                torch.randn(parameter.shape) * (1.5 * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1)
+            )
     return attention.to(dtype)
 
 
@@ -215,7 +217,9 @@ def test_models_agree_under_every_mask(family, kind, implementation, dtype):
     elif kind.startswith("prepared_4d"):
         mask = causal(2, 11, 11) & (torch.rand(2, 1, 11, 11) < 0.6)
         mask |= torch.eye(11, dtype=torch.bool)
-        inputs["attention_mask"] = mask if kind.endswith("boolean") and implementation == "sdpa" else additive(mask, dtype)
+        inputs["attention_mask"] = (
+            mask if kind.endswith("boolean") and implementation == "sdpa" else additive(mask, dtype)
+        )
     elif kind == "packed":
         inputs["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 4, 5, 6, 7, 8]])
     expanded = forced(model, "expanded", **inputs).logits

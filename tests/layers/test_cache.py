@@ -146,7 +146,9 @@ def test_bytes_per_token(family, dtype):
     for layer in cache.layers:
         tensors = [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
         assert {id(tensor) for tensor in tensors} == {id(layer.keys), id(layer.values)}
-        assert layer.keys.numel() * layer.keys.itemsize + layer.values.numel() * layer.values.itemsize == 2 * 8 * per_token
+        assert (
+            layer.keys.numel() * layer.keys.itemsize + layer.values.numel() * layer.values.itemsize == 2 * 8 * per_token
+        )
         room = sum(buffer.numel() * buffer.itemsize for buffer in layer._buffers)
         assert room == 2 * layer._buffers[0].shape[-2] * per_token
 

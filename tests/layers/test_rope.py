@@ -21,7 +21,9 @@ K2 = {**YARN, "beta_fast": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
 # g(mscale_all_dim) and the softmax scale.
 PUBLISHED = [
     pytest.param(DeepseekV3Config, 10000, V3, 10, 23, 1.36889, 0.135234, id="deepseek_v3"),
-    pytest.param(DeepseekV2Config, 10000, {**V2, "mscale": 1.0, "mscale_all_dim": 1.0}, 10, 23, 1.36889, 0.135234, id="v2.5"),
+    pytest.param(
+        DeepseekV2Config, 10000, {**V2, "mscale": 1.0, "mscale_all_dim": 1.0}, 10, 23, 1.36889, 0.135234, id="v2.5"
+    ),
     pytest.param(DeepseekV2Config, 10000, V2, 10, 23, 1.26080, 0.114721, id="deepseek_v2"),
     pytest.param(KimiK2Config, 50000.0, {**K2, "factor": 32.0}, 19, 20, 1.34657, 0.130861, id="kimi_k2_factor32"),
     pytest.param(KimiK2Config, 50000.0, {**K2, "factor": 64.0}, 19, 20, 1.41589, 0.144679, id="kimi_k2_factor64"),
@@ -35,7 +37,9 @@ def direct_inverse_frequencies(rope: dict, theta: float, width: int) -> list[flo
         return plain
 
     def correction(turns):
-        return width * math.log(rope["original_max_position_embeddings"] / (2 * math.pi * turns)) / (2 * math.log(theta))
+        return (
+            width * math.log(rope["original_max_position_embeddings"] / (2 * math.pi * turns)) / (2 * math.log(theta))
+        )
 
     low = max(math.floor(correction(rope["beta_fast"])), 0)
     high = min(math.ceil(correction(rope["beta_slow"])), width - 1)
@@ -87,7 +91,9 @@ def test_angles_against_the_formula(rope):
 def test_unequal_mscale_scales_cos_and_sin():
     """g(mscale) / g(mscale_all_dim) goes on both tables; no public file uses it."""
     rope = {**V3, "mscale": 1.0, "mscale_all_dim": 0.5}
-    cos, sin = RotaryEmbedding(DeepseekV3Config(rope_theta=10000, rope_scaling=rope))(torch.zeros(1, 1, 1), torch.tensor([[7]]))
+    cos, sin = RotaryEmbedding(DeepseekV3Config(rope_theta=10000, rope_scaling=rope))(
+        torch.zeros(1, 1, 1), torch.tensor([[7]])
+    )
     expected = (0.1 * math.log(40) + 1) / (0.05 * math.log(40) + 1)
     assert_close("radius", (cos**2 + sin**2).sqrt(), torch.full((1, 1, 32), expected), "float32")
 
@@ -110,7 +116,9 @@ def test_low_precision_model_has_float32_angles():
 def test_interleaved_rotation_is_complex_multiplication(width, heads):
     states = torch.randn(2, 5, heads, width, dtype=torch.float64)
     angles = torch.randn(2, 5, width // 2, dtype=torch.float64) * 10
-    turned = torch.view_as_complex(states.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angles), angles).unsqueeze(2)
+    turned = torch.view_as_complex(states.unflatten(-1, (-1, 2))) * torch.polar(
+        torch.ones_like(angles), angles
+    ).unsqueeze(2)
     expected = torch.view_as_real(turned).flatten(-2)
     assert_close("rotated", rotate_interleaved(states, angles.cos(), angles.sin()), expected, "float64")
 

@@ -10,18 +10,57 @@ from tiny import tiny_config, tiny_model
 from hf_moe.models.layer_router import TopkRouter
 
 V3 = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True, "routed_scaling_factor": 2.5}
-V2 = {"topk_method": "group_limited_greedy", "scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 16.0}
+V2 = {
+    "topk_method": "group_limited_greedy",
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 16.0,
+}
 CASES = [
     pytest.param({**V3, "n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}, id="v3"),
-    pytest.param({**V3, "n_routed_experts": 15, "n_group": 5, "topk_group": 2, "num_experts_per_tok": 6}, id="v3_takes_whole_groups"),
-    pytest.param({**V3, "n_routed_experts": 4, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 2}, id="v3_groups_of_one"),
+    pytest.param(
+        {**V3, "n_routed_experts": 15, "n_group": 5, "topk_group": 2, "num_experts_per_tok": 6},
+        id="v3_takes_whole_groups",
+    ),
+    pytest.param(
+        {**V3, "n_routed_experts": 4, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 2}, id="v3_groups_of_one"
+    ),
     pytest.param({**V3, "n_routed_experts": 12, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 5}, id="kimi_k2"),
-    pytest.param({**V3, "n_routed_experts": 12, "n_group": None, "topk_group": None, "num_experts_per_tok": 1}, id="v3_one_choice"),
-    pytest.param({**V3, "norm_topk_prob": False, "n_routed_experts": 16, "n_group": 4, "topk_group": 4, "num_experts_per_tok": 4}, id="v3_not_normalised"),
+    pytest.param(
+        {**V3, "n_routed_experts": 12, "n_group": None, "topk_group": None, "num_experts_per_tok": 1},
+        id="v3_one_choice",
+    ),
+    pytest.param(
+        {
+            **V3,
+            "norm_topk_prob": False,
+            "n_routed_experts": 16,
+            "n_group": 4,
+            "topk_group": 4,
+            "num_experts_per_tok": 4,
+        },
+        id="v3_not_normalised",
+    ),
     pytest.param({**V2, "n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}, id="v2"),
-    pytest.param({**V2, "norm_topk_prob": True, "n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}, id="v2_normalised"),
-    pytest.param({**V2, "norm_topk_prob": True, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 1}, id="v2_normalised_one_choice"),
-    pytest.param({**V2, "topk_method": "greedy", "n_routed_experts": 16, "n_group": 4, "topk_group": 1, "num_experts_per_tok": 6}, id="v2_greedy_ignores_groups"),
+    pytest.param(
+        {**V2, "norm_topk_prob": True, "n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3},
+        id="v2_normalised",
+    ),
+    pytest.param(
+        {**V2, "norm_topk_prob": True, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 1},
+        id="v2_normalised_one_choice",
+    ),
+    pytest.param(
+        {
+            **V2,
+            "topk_method": "greedy",
+            "n_routed_experts": 16,
+            "n_group": 4,
+            "topk_group": 1,
+            "num_experts_per_tok": 6,
+        },
+        id="v2_greedy_ignores_groups",
+    ),
 ]
 
 

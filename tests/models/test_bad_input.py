@@ -305,7 +305,7 @@ def test_surplus_expert(tmp_path):
 def test_experts_beyond_the_configured_number(tmp_path):
     """Sixteen experts in the files and eight in the configuration, also with other numbers in between missing."""
     folder = edited_golden(tmp_path, "v3_basic", n_routed_experts=8)
-    assert_refused(folder, "config.json", "(16, 64)", "(8, 64)")  # the router is looked at first
+    assert_refused(folder, "config.json", ".mlp.experts.", "n_routed_experts=8")
 
     def edit(tensors):
         for name in [name for name in tensors if ".layers.1.mlp.experts.0." in name]:

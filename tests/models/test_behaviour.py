@@ -1,6 +1,8 @@
 """What users expect of a Transformers model: training, outputs, switches, adapters, pipelines, errors."""
 
 import copy
+import os
+import shutil
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from testing import assert_close
 from tiny import left_padded, random_ids, tiny_config, tiny_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, pipeline
+from transformers.models.deepseek_v2 import DeepseekV2ForCausalLM as NativeV2
+from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as NativeV3
 
 FAMILIES = ["deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "kimi_k2"]
 
@@ -31,7 +35,8 @@ def test_gradient_checkpointing(family, reentrant):
             assert model.is_gradient_checkpointing
         model.zero_grad()
         runs = []
-        handle = model.model.layers[1].mlp.experts.register_forward_hook(lambda *_: runs.append(1))
+        experts = model.model.layers[1].mlp.experts
+        handle = experts.register_forward_hook(lambda *_, runs=runs: runs.append(1))
         loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
         handle.remove()
@@ -60,11 +65,36 @@ def test_every_parameter_learns(family):
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
+@pytest.mark.parametrize("family, native_class", [("deepseek_v3", NativeV3), ("deepseek_v2", NativeV2)])
+def test_loss_and_gradients_are_native(family, native_class):
+    """The same weights in Transformers' own class: the loss, and the gradient of every parameter."""
+    model = tiny_model(family, num_nextn_predict_layers=0).train()
+    fields = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
+    native = native_class(native_class.config_class(**fields)).train()
+    native.load_state_dict(model.state_dict())
+    ids, mask = left_padded([random_ids(1, 14)[0], random_ids(1, 9)[0]])
+    labels = ids.masked_fill(mask == 0, -100)
+    losses = []
+    for each in (model, native):
+        loss = each(ids, attention_mask=mask, labels=labels, use_cache=False).loss
+        loss.backward()
+        losses.append(loss.detach())
+    assert_close("loss", losses[0], losses[1], "float32")
+    expected, result = gradients(native), gradients(model)
+    assert result.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_close(name, result[name], gradient, "float32")
+
+
 def test_gradient_of_the_loss_by_finite_differences():
     """The whole backward pass against the slope of the loss along a random direction, in float64 where it is."""
     model = tiny_model("deepseek_v2_lite", num_hidden_layers=2).double()
     ids = random_ids(1, 9)
-    names = ["model.layers.1.self_attn.kv_b_proj.weight", "model.layers.1.mlp.shared_experts.up_proj.weight", "lm_head.weight"]
+    names = [
+        "model.layers.1.self_attn.kv_b_proj.weight",
+        "model.layers.1.mlp.shared_experts.up_proj.weight",
+        "lm_head.weight",
+    ]
     parameters = dict(model.named_parameters())
     model(ids, labels=ids).loss.backward()
     for name in names:
@@ -314,6 +344,10 @@ def test_attention_implementations_agree(implementation, padded):
             assert_close(f"{mode} step", step, expected[:, 8:], "float32")
 
 
+@pytest.mark.skipif(
+    not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")),
+    reason="inductor needs a C++ compiler",
+)
 def test_compiled_flex_attention():
     """The compiled kernel of the CPU takes head widths of 16 and more."""
     torch._dynamo.reset()

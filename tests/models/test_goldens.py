@@ -1,4 +1,4 @@
-"""Every golden checkpoint: logits, routes, loss, greedy ids and MTP logits, in every evaluation order and from shards."""
+"""Every golden checkpoint: logits, routes, loss, greedy ids and MTP logits, in every order and from shards."""
 
 import functools
 
@@ -9,7 +9,16 @@ from transformers import AutoModelForCausalLM
 
 import hf_moe  # noqa: F401  registers the families
 
-CASES = ["v3_basic", "v3_qlora_none", "v3_mtp2", "v3_fp8", "v2_group_limited", "v2_lite_greedy", "kimi_k2", "kimi_k2_int4"]
+CASES = [
+    "v3_basic",
+    "v3_qlora_none",
+    "v3_mtp2",
+    "v3_fp8",
+    "v2_group_limited",
+    "v2_lite_greedy",
+    "kimi_k2",
+    "kimi_k2_int4",
+]
 MTP_CASES = ["v3_basic", "v3_mtp2", "v3_fp8"]
 MODES = ["auto", "expanded", "absorbed"]
 

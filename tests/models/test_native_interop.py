@@ -21,7 +21,9 @@ from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as NativeV3
 
 import hf_moe  # noqa: F401  registers the classes
 
-NATIVE_ATOL = 1e-5
+# On logits with a deviation of about 1.7. Weights are compared bit for bit; here two orders of float32 sums meet. The
+# goldens' own notes have native and an independent oracle 1.35e-5 apart for v2_group_limited, 1.1e-5 for the others.
+NATIVE_ATOL = 2e-5
 NATIVE = {
     "v3_basic": NativeV3,
     "v3_qlora_none": NativeV3,
@@ -54,7 +56,7 @@ def test_our_checkpoint_loads_in_the_native_class(case, max_shard_size, tmp_path
     model = ours(golden(case))
     model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     loaded = native(case, tmp_path)
-    assert max_difference(logits_of(loaded, case), logits_of(model, case)) < 2 * NATIVE_ATOL
+    assert max_difference(logits_of(loaded, case), logits_of(model, case)) < NATIVE_ATOL
     names = dict(loaded.named_parameters()) | dict(loaded.named_buffers())
     state = model.state_dict()
     for name, tensor in names.items():
@@ -70,7 +72,7 @@ def test_native_checkpoint_loads_in_our_class(case, fused, tmp_path):
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
     assert type(loaded).__module__.startswith("hf_moe.")
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    assert max_difference(logits_of(loaded.eval(), case), logits_of(model, case)) < 2 * NATIVE_ATOL
+    assert max_difference(logits_of(loaded.eval(), case), logits_of(model, case)) < NATIVE_ATOL
 
 
 @pytest.mark.parametrize("case", ["v3_basic", "v2_group_limited"])
@@ -89,7 +91,7 @@ def test_kimi_k2_loads_in_the_native_v3_class(tmp_path):
     config = {**read_config(tmp_path), "model_type": "deepseek_v3"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = NativeV3.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert max_difference(logits_of(loaded, "kimi_k2"), logits_of(model, "kimi_k2")) < 2 * NATIVE_ATOL
+    assert max_difference(logits_of(loaded, "kimi_k2"), logits_of(model, "kimi_k2")) < NATIVE_ATOL
 
 
 NATIVE_ALONE = """
@@ -229,10 +231,10 @@ print(json.dumps(out))
 
 def test_importing_hf_moe_registers_and_patches_nothing_else():
     seen = json.loads(run_python(SNAPSHOT).splitlines()[-1])
-    assert seen["changed"] == [] and seen["auto"] == []
-    # Lazily built caches of the loader's mapping are not patches.
-    lazy = {"transformers.conversion_mapping._checkpoint_conversion_mapping_cache"}
-    assert set(seen["added"]) <= lazy, seen["added"]
+    # The loader's table of key conversions is built on first use, here by our registration in it.
+    table = ["transformers.conversion_mapping._checkpoint_conversion_mapping_cache"]
+    assert [name for name in seen["changed"] if name not in table] == []
+    assert seen["added"] == [] and seen["auto"] == []
     assert seen["backends"] == ["hf_moe"] and seen["lost backends"] == []
     assert seen["rope"] == [] and seen["attention"] == [] and seen["defaults"] is True
     assert all(module.startswith("hf_moe.models.modeling_") for module in seen["ours"])

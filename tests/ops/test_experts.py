@@ -170,7 +170,11 @@ def test_autocast_reaches_the_experts():
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         output = experts(hidden_states, topk_indices, weights)
     expected = double_loop(
-        hidden_states.double(), topk_indices, weights.double(), experts.gate_up_proj.double(), experts.down_proj.double()
+        hidden_states.double(),
+        topk_indices,
+        weights.double(),
+        experts.gate_up_proj.double(),
+        experts.down_proj.double(),
     )
     assert_close("output", output, expected, "bfloat16")
 
