@@ -20,7 +20,16 @@ PACKAGE = Path(hf_moe.__file__).resolve().parent
 MODELS = PACKAGE / "models"
 MODULES = sorted(path for path in MODELS.glob("*.py") if path.name != "__init__.py")
 # Floors of the bundle, from the ground up. A module may import from its own floor and from those below it.
-FLOORS = {"triton_compat": 0, "kernel": 1, "op": 2, "weights": 3, "layer": 3, "generation": 4, "configuration": 0, "modeling": 5}
+FLOORS = {
+    "triton_compat": 0,
+    "kernel": 1,
+    "op": 2,
+    "weights": 3,
+    "layer": 3,
+    "generation": 4,
+    "configuration": 0,
+    "modeling": 5,
+}
 # Beyond the order of the floors: who may not know whom.
 FORBIDDEN = {
     "triton_compat": {"configuration", "op", "layer", "weights", "modeling", "generation", "kernel"},
@@ -60,7 +69,7 @@ def absolute_imports(path: Path) -> set[str]:
     return names
 
 
-# --- layout -------------------------------------------------------------------------------------------------------------------
+# --- layout ------------------------------------------------------------------------------------------------------------
 
 
 def test_there_are_modules_to_look_at():
@@ -88,8 +97,7 @@ def test_families_do_not_know_each_other(path):
     foreign = {
         module
         for module in siblings(path)
-        if floor(module) in ("modeling", "configuration")
-        and module.split("_", 1)[1] in families - {name}
+        if floor(module) in ("modeling", "configuration") and module.split("_", 1)[1] in families - {name}
     }
     if kind == "configuration":
         foreign -= {"configuration_deepseek_v3"} if name in ("deepseek_v2", "kimi_k2") else set()
@@ -98,12 +106,16 @@ def test_families_do_not_know_each_other(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_the_bundle_imports_torch_transformers_and_the_standard_library(path):
-    allowed = {"torch", "transformers", *sys.stdlib_module_names} | ({"triton"} if path.stem == "triton_compat" else set())
+    allowed = {"torch", "transformers", *sys.stdlib_module_names} | (
+        {"triton"} if path.stem == "triton_compat" else set()
+    )
     foreign = {name for name in absolute_imports(path) if name.split(".")[0] not in allowed}
     assert not foreign, f"{path.name} imports {sorted(foreign)}"
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if floor(path.stem) == "configuration"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if floor(path.stem) == "configuration"], ids=lambda path: path.stem
+)
 def test_configurations_do_not_import_torch(path):
     assert not any(name.split(".")[0] == "torch" for name in absolute_imports(path))
 
@@ -135,7 +147,7 @@ def test_settings_are_not_read_from_the_environment(path):
         assert "environ" not in path.read_text(encoding="utf-8")
 
 
-# --- the table of families ------------------------------------------------------------------------------------------------------
+# --- the table of families ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", register.FAMILIES)
@@ -169,7 +181,7 @@ def test_version_is_one_string():
     assert len(parts) == 3 and all(part.isdigit() for part in parts)
 
 
-# --- what we rely on in Transformers ------------------------------------------------------------------------------------------------
+# --- what we rely on in Transformers -----------------------------------------------------------------------------------
 # Not public, or not promised. A release that changes one of these must fail here, by name, and not in a user's hands.
 
 
@@ -215,7 +227,10 @@ def test_host_materialises_a_tensor_by_indexing_it():
 
 
 def test_host_key_conversion_registry():
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
 
     assert parameters(register_checkpoint_conversion_mapping)[1:] == ["mapping", "overwrite"]
     for name in ("DeepseekV3Model", "DeepseekV3ForCausalLM", "DeepseekV2Model", "DeepseekV2ForCausalLM"):
@@ -240,7 +255,12 @@ def test_host_experts_interface():
     assert isinstance(inspect.getattr_static(PreTrainedModel, "_can_set_experts_implementation"), classmethod)
     assert callable(use_experts_implementation)
     for backend in ("grouped_mm", "batched_mm"):
-        assert parameters(ALL_EXPERTS_FUNCTIONS[backend])[:4] == ["self", "hidden_states", "top_k_index", "top_k_weights"]
+        assert parameters(ALL_EXPERTS_FUNCTIONS[backend])[:4] == [
+            "self",
+            "hidden_states",
+            "top_k_index",
+            "top_k_weights",
+        ]
 
 
 def test_host_dynamic_layer():

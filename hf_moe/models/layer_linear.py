@@ -7,7 +7,7 @@ from .op_linear import linear
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` through `op_linear.linear`: same parameters, same result, faster for single tokens on the CPU."""
+    """`nn.Linear` through `op_linear.linear`: same parameters, same result, faster for few tokens on the CPU."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return linear(hidden_states, self.weight, self.bias)

@@ -245,7 +245,7 @@ class LatentAttention(nn.Module):
         return output.permute(2, 0, 1).unflatten(0, (batch, seq)), weights  # (B, S, h, v)
 
     def _kv_b_halves(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`kv_b_proj` as its key part (h, n, r) and value part (h, v, r): rows alternate per head, not in two halves."""
+        """`kv_b_proj` as its key part (h, n, r) and value part (h, v, r): the two alternate head by head."""
         weight = self.kv_b_proj.weight
         if type(self.kv_b_proj) is not Linear or hasattr(self.kv_b_proj, "_hf_hook"):
             # An adapter, a quantised layer or an offloaded one: the matrix is what the module makes of unit vectors.

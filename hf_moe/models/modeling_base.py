@@ -214,7 +214,7 @@ def _fit_model(model: MoePreTrainedModel, tensors: dict[str, Any], load_config) 
     for name in names.values():
         if (expert_index(name) or 0) >= num_experts:
             raise CheckpointError(
-                f"The checkpoint has {name}, but config.json says `n_routed_experts={num_experts}`. One of them is wrong."
+                f"The checkpoint has {name}, but config.json says `n_routed_experts={num_experts}`: one is wrong."
             )
     for parameter, tensor in model.state_dict().items():
         stem = _stem(parameter)

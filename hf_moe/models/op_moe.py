@@ -53,22 +53,21 @@ def experts_cpu(
     expert_ids = topk_indices.flatten()  # (N,)
     order = expert_ids.argsort(stable=True)  # rows of one expert become neighbours
     counts = torch.bincount(expert_ids, minlength=num_experts)[:num_experts].tolist()
-    rows = hidden_states.index_select(0, order // top_k)  # (N, H)
-    outputs, start = [], 0
+    tokens, weights = order // top_k, topk_weights.flatten().index_select(0, order).float().unsqueeze(1)  # (N,), (N, 1)
+    output = hidden_states.new_zeros(hidden_states.shape, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
+    start = 0
     for expert, count in enumerate(counts):
         if count == 0:
             continue
-        gate, up = F.linear(rows[start : start + count], gate_up[expert]).chunk(2, dim=-1)  # (count, I) each
-        outputs.append(F.linear(act_fn(gate) * up, down[expert]))  # (count, H)
+        token = tokens[start : start + count]
+        gate, up = linear(hidden_states.index_select(0, token), gate_up[expert]).chunk(2, dim=-1)  # (count, I) each
+        rows = linear(act_fn(gate) * up, down[expert])  # (count, H)
+        output.index_add_(0, token, (rows * weights[start : start + count]).to(output.dtype))
         start += count
-    if not outputs:  # no row has its expert here: an empty product keeps the shape and the gradient path
-        outputs.append(F.linear(act_fn(F.linear(rows[:0], gate_up[0]).chunk(2, dim=-1)[0]), down[0]))
-    if start < order.numel():  # rows of other ranks' experts were sorted to the end
-        outputs.append(rows.new_zeros(order.numel() - start, rows.shape[1]))
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    outputs = torch.cat(outputs).index_select(0, inverse).view(num_tokens, top_k, rows.shape[1])
-    return (outputs * topk_weights.float().unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
+    if start == 0:  # no row has its expert here: an empty product keeps the gradient path
+        gate, up = F.linear(hidden_states[:0], gate_up[0]).chunk(2, dim=-1)
+        output = output + F.linear(act_fn(gate) * up, down[0]).sum()
+    return output.to(hidden_states.dtype)
 
 
 def _experts_one_token(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn) -> torch.Tensor:

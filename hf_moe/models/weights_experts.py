@@ -104,9 +104,7 @@ def upstream_parts(parameter: str, num_experts: int) -> Iterator[tuple[str, int]
 
 def defer_experts(tensors: dict[str, Any]) -> dict[str, Any]:
     """The same tensors, those of experts as notes that `StackExperts` reads into place."""
-    return {
-        name: DeferredTensor(tensor) if _EXPERT_PART.search(name) else tensor for name, tensor in tensors.items()
-    }
+    return {name: DeferredTensor(tensor) if _EXPERT_PART.search(name) else tensor for name, tensor in tensors.items()}
 
 
 def expert_index(name: str) -> int | None:

@@ -197,5 +197,7 @@ def _check_index(folder: Path, index_path: Path) -> None:
         if Path(filename).name != filename or filename in ("", ".", ".."):
             raise CheckpointError(f"{index_path}: names {filename!r}, which is not a file of this folder.")
         if not (folder / filename).is_file():
-            raise CheckpointError(f"{folder / filename}: this shard of {index_path.name} is missing. Download it again.")
+            raise CheckpointError(
+                f"{folder / filename}: this shard of {index_path.name} is missing. Download it again."
+            )
     open_files([str(folder / filename) for filename in filenames], weight_map)

@@ -150,7 +150,7 @@ class LogRecorder(logging.Handler):
         logging.getLogger("transformers").removeHandler(self)
 
 
-# --- an upstream checkpoint from its configuration, names and shapes written out by hand -----------------------------
+# --- an upstream checkpoint from its configuration, names and shapes written out by hand -------------------------------
 
 
 def upstream_shapes(config: dict) -> dict[str, tuple[int, ...]]:
@@ -220,7 +220,7 @@ def upstream_tensors(config: dict, dtype: torch.dtype = torch.bfloat16, seed: in
     return tensors
 
 
-# --- quantised formats, decoded here a second time, in float64 -----------------------------------------------------------
+# --- quantised formats, decoded here a second time, in float64 ---------------------------------------------------------
 
 
 def e4m3_values() -> torch.Tensor:

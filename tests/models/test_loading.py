@@ -2,15 +2,17 @@
 
 import inspect
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import (
     CASES,
     LOGITS_ATOL,
-    LogRecorder,
     QUANTISED,
     UNQUANTISED,
+    LogRecorder,
     assert_same_bits,
     copy_golden,
     decode_checkpoint,
@@ -77,7 +79,7 @@ def assert_parameters(model, tensors, config, dtype):
         assert_same_bits(name, state[name], tensor.to(kept))
 
 
-# --- values -------------------------------------------------------------------------------------------------------------
+# --- values ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "auto"], ids=str)
@@ -213,7 +215,7 @@ def test_a_missing_head_is_reported(tmp_path):
     assert "lm_head.weight" in log.text
 
 
-# --- quantised checkpoints ------------------------------------------------------------------------------------------------
+# --- quantised checkpoints ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -310,7 +312,7 @@ def test_fp8_base_model_and_classifier(tmp_path):
             assert_same_bits(name, state[name], whole[name])
 
 
-# --- MTP layers -----------------------------------------------------------------------------------------------------------
+# --- MTP layers --------------------------------------------------------------------------------------------------------
 
 
 def drop_mtp(main):
@@ -409,7 +411,7 @@ def test_checkpoint_without_one_mtp_duplicate(which, tmp_path):
     assert max_difference(logits, want["mtp1_logits"]) < LOGITS_ATOL
 
 
-# --- devices ----------------------------------------------------------------------------------------------------------------
+# --- devices -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}, "cpu"], ids=str)
@@ -438,7 +440,7 @@ def test_disk_offload_gives_the_same_logits_and_saves_the_same_tensors(case, tmp
         assert_same_bits(name, saved[name], wanted[name])
 
 
-# --- the host -----------------------------------------------------------------------------------------------------------------
+# --- the host ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_private_loading_hook_has_the_signature_that_we_override():
@@ -462,7 +464,7 @@ def test_a_given_state_dict_loads():
     assert max_difference(logits_of(model, "v3_basic"), expected("v3_basic")["logits"]) < LOGITS_ATOL
 
 
-# --- memory -------------------------------------------------------------------------------------------------------------------
+# --- memory ------------------------------------------------------------------------------------------------------------
 
 MEMORY_CONFIG = {
     **{key: value for key, value in EDGE_CONFIG.items() if key != "quantization_config"},
@@ -489,31 +491,54 @@ def status(field):  # bytes
     with open("/proc/self/status") as stream:
         return next(int(line.split()[1]) * 1024 for line in stream if line.startswith(field + ":"))
 
-AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.bfloat16)  # tiny: imports and caches are paid before
+dtype = getattr(torch, sys.argv[3])
+AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=dtype)  # tiny: imports and caches are paid before
 with open("/proc/self/clear_refs", "w") as stream:
     stream.write("5")  # the peak starts over
 before = status("VmRSS")
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=dtype)
 peak = status("VmHWM")
 held = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 print(json.dumps({"before": before, "peak": peak, "held": held, "after": status("VmRSS")}))
 """
 
 
-def test_peak_memory_while_loading(tmp_path):
-    """Peak growth of the resident set, mapped pages of the files included, within 1.15x the model plus one shard."""
+def large_tensors(config, quantised):
+    """Upstream tensors of a few hundred MB, filled quickly: random values, or random FP8 codes and scales."""
     tensors, generator = {}, torch.Generator().manual_seed(0)
-    for name, shape in upstream_shapes(MEMORY_CONFIG).items():
+    for name, shape in upstream_shapes(config).items():
         if name.endswith(("layers.5.embed_tokens.weight", "shared_head.head.weight")):
             continue
-        dtype = torch.float32 if name.endswith("bias") else torch.bfloat16
-        tensors[name] = torch.empty(shape, dtype=dtype).uniform_(-0.05, 0.05, generator=generator)
-    folder = write_checkpoint(tmp_path / "large", MEMORY_CONFIG, tensors, shards=6)
-    shard = max(path.stat().st_size for path in folder.glob("*.safetensors"))
-    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    assert total > 350e6
-    measured = json.loads(run_python(LOAD_AND_MEASURE, folder, golden("v3_basic")).splitlines()[-1])
-    assert abs(measured["held"] - total) < 0.01 * total
-    growth, limit = measured["peak"] - measured["before"], 1.15 * measured["held"] + shard
+        if quantised and is_fp8_name(name):
+            codes = torch.randint(0, 120, shape, dtype=torch.uint8, generator=generator)  # no NaN among them
+            tensors[name] = codes.view(torch.float8_e4m3fn)
+            grid = tuple(-(-size // 128) for size in shape)
+            tensors[f"{name}_scale_inv"] = torch.empty(grid).uniform_(1e-3, 2e-3, generator=generator)
+        else:
+            dtype = torch.float32 if name.endswith("bias") else torch.bfloat16
+            tensors[name] = torch.empty(shape, dtype=dtype).uniform_(-0.05, 0.05, generator=generator)
+    return tensors
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from Linux's /proc"
+)
+@pytest.mark.parametrize(
+    ("stored", "dtype", "case"),
+    [("bfloat16", "bfloat16", "v3_basic"), ("bfloat16", "float32", "v3_basic"), ("fp8", "bfloat16", "v3_fp8")],
+    ids=["as-stored", "cast", "fp8"],
+)
+def test_peak_memory_while_loading(stored, dtype, case, tmp_path):
+    """Peak growth of the resident set, mapped pages of the files included, within 1.15x the model plus one shard."""
+    config = dict(MEMORY_CONFIG, num_nextn_predict_layers=1)
+    if stored == "fp8":
+        config["quantization_config"] = EDGE_CONFIG["quantization_config"]
+    folder = write_checkpoint(tmp_path / "large", config, large_tensors(config, stored == "fp8"), shards=6)
+    files = [path.stat().st_size for path in folder.glob("*.safetensors")]
+    measured = json.loads(run_python(LOAD_AND_MEASURE, folder, golden(case), dtype).splitlines()[-1])
+    shutil.rmtree(folder)  # pytest would keep a few hundred MB for its last three runs
+    expected_ratio = {("bfloat16", "bfloat16"): 1, ("bfloat16", "float32"): 2, ("fp8", "bfloat16"): 1.9}[stored, dtype]
+    assert measured["held"] > 350e6 and abs(measured["held"] / sum(files) - expected_ratio) < 0.1, measured
+    growth, limit = measured["peak"] - measured["before"], 1.15 * measured["held"] + max(files)
     assert growth > 0.9 * measured["held"], f"the measurement is broken: {measured}"
     assert growth <= limit, f"peak grew by {growth / 1e6:.0f} MB, allowed {limit / 1e6:.0f} MB: {measured}"

@@ -264,9 +264,13 @@ def test_round_trip_through_the_native_class_keeps_every_tensor_but_the_mtp_laye
     NativeV3.from_pretrained(tmp_path / "ours", dtype=dtype).save_pretrained(tmp_path / "native")
     AutoModelForCausalLM.from_pretrained(tmp_path / "native", dtype=dtype).save_pretrained(tmp_path / "again")
     stored = {
-        name: tensor for name, tensor in read_tensors(golden("v3_basic")).items() if not name.startswith("model.layers.4.")
+        name: tensor
+        for name, tensor in read_tensors(golden("v3_basic")).items()
+        if not name.startswith("model.layers.4.")
     }
     again = {
-        name: tensor for name, tensor in read_tensors(tmp_path / "again").items() if not name.startswith("model.layers.4.")
+        name: tensor
+        for name, tensor in read_tensors(tmp_path / "again").items()
+        if not name.startswith("model.layers.4.")
     }
     assert_same_tensors(again, stored)

@@ -28,7 +28,12 @@ from checkpoints import (
     stored_dtype,
 )
 from transformers import AutoModelForCausalLM
-from transformers.dynamic_module_utils import check_imports, get_imports, get_relative_import_files, get_relative_imports
+from transformers.dynamic_module_utils import (
+    check_imports,
+    get_imports,
+    get_relative_import_files,
+    get_relative_imports,
+)
 
 import hf_moe  # noqa: F401  registers the classes
 
@@ -51,7 +56,7 @@ def closure(*entries: str) -> set[str]:
     return {f"{module}.py" for module in found}
 
 
-# --- the rules of the loader ------------------------------------------------------------------------------------------------
+# --- the rules of the loader -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
@@ -84,7 +89,7 @@ def test_the_package_file_of_the_models_is_empty():
     assert (MODELS / "__init__.py").read_text() == ""
 
 
-# --- what is shipped ----------------------------------------------------------------------------------------------------------
+# --- what is shipped ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -114,7 +119,9 @@ def test_no_other_family_is_shipped(saved):
     families = {path.stem.removeprefix("modeling_") for path in MODELS.glob("modeling_*.py")} - {"base"}
     # V2 and Kimi-K2 are configurations of the V3 classes.
     allowed = {model_type, "deepseek_v3"}
-    shipped = {path.stem.split("_", 1)[1] for path in folder.glob("*.py") if path.name.startswith(("modeling_", "conf"))}
+    shipped = {
+        path.stem.split("_", 1)[1] for path in folder.glob("*.py") if path.name.startswith(("modeling_", "conf"))
+    }
     assert shipped & families <= allowed
 
 
@@ -153,7 +160,7 @@ def test_push_to_hub_uploads_code_and_auto_map(tmp_path, monkeypatch):
     assert_same_tensors(read_tensors(folder), read_tensors(golden("v3_basic")))
 
 
-# --- a process without hf_moe -------------------------------------------------------------------------------------------------
+# --- a process without hf_moe ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -180,7 +187,9 @@ def run_isolated(interpreter: str, cache: Path, code: str, *arguments) -> dict:
     """Runs `code` where hf_moe cannot be imported; its last line of output is JSON."""
     guard = "import importlib.util, sys\nassert importlib.util.find_spec('hf_moe') is None, sys.path\n"
     done = "\nassert not [name for name in sys.modules if name.split('.')[0] == 'hf_moe']\n"
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_", "TRANSFORMERS"))}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_", "TRANSFORMERS"))
+    }
     environment |= {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [interpreter, "-I", "-c", guard + code + done, *map(str, arguments)],
@@ -245,9 +254,7 @@ def used(saved, interpreter, tmp_path_factory):
     model_type, case, folder = saved
     root = tmp_path_factory.mktemp(f"used_{model_type}")
     (root / "cache").mkdir()
-    seen = run_isolated(
-        interpreter, root / "cache", USE, folder, golden(case) / "expected.safetensors", root / "again"
-    )
+    seen = run_isolated(interpreter, root / "cache", USE, folder, golden(case) / "expected.safetensors", root / "again")
     return model_type, case, folder, root / "again", seen
 
 
@@ -362,8 +369,6 @@ def test_remote_code_reads_fp8_and_refuses_damage_and_lives_beside_another_bundl
 
 
 def test_the_isolated_environment_is_isolated(interpreter, tmp_path):
-    seen = run_isolated(
-        interpreter, tmp_path, "import json\nprint(json.dumps([sys.prefix, sys.path]))"
-    )
+    seen = run_isolated(interpreter, tmp_path, "import json\nprint(json.dumps([sys.prefix, sys.path]))")
     assert Path(seen[0]) != Path(sys.prefix)
     assert str(REPOSITORY) not in seen[1]

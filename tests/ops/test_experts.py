@@ -93,16 +93,29 @@ def test_outputs_and_gradients(backend, case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sentinels", [False, True], ids=["all_local", "some_elsewhere"])
+@pytest.mark.parametrize("case", ["one_token", "odd_tokens", "empty_experts", "all_on_one"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_inference_equals_training(backend, dtype):
-    """Without gradients a backend may take another path; its output is the same, and no memory is left unwritten."""
-    experts, topk_indices = make_experts(backend, dtype), route("odd_tokens")
-    hidden_states, weights = torch.randn(63, experts.hidden_dim).to(dtype), torch.rand(63, TOP_K)
-    with_grad = experts(hidden_states, topk_indices, weights)
+def test_inference(backend, case, sentinels, dtype, poisoned):
+    """Without gradients a backend may take another path, for one token above all."""
+    experts, topk_indices = make_experts(backend, dtype), route(case)
+    weights = torch.rand(topk_indices.shape) + 0.2
+    if sentinels:
+        experts._is_expert_parallel = True
+        topk_indices[:, 0] = EXPERTS
+        weights[:, 0] = 0.0
+    hidden_states = torch.randn(len(topk_indices), experts.hidden_dim).to(dtype)
     with torch.no_grad():
-        without = experts(hidden_states, topk_indices, weights)
-    assert with_grad.dtype == without.dtype == dtype
-    assert_close("output", without, with_grad, str(dtype).removeprefix("torch."))
+        output = experts(hidden_states, topk_indices, weights)
+    assert output.dtype == dtype
+    expected = double_loop(
+        hidden_states.double(),
+        topk_indices,
+        weights.double(),
+        experts.gate_up_proj.double(),
+        experts.down_proj.double(),
+    )
+    assert_close("output", output, expected, str(dtype).removeprefix("torch."))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,0 +1,81 @@
+"""Load time and peak memory against native Transformers, each in a process of its own, taking turns.
+
+Writes a sharded bfloat16 checkpoint of random weights in upstream layout to a temporary folder first.
+
+    python benchmarks/load.py --layers 6
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from common import report
+
+LOADER = """
+import json, sys, time
+import torch
+folder, peer = sys.argv[1:]
+if peer == "ours":
+    import hf_moe
+    from hf_moe.models.modeling_deepseek_v3 import DeepseekV3ForCausalLM
+else:
+    from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM
+
+def status(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field + ":"))
+
+before = status("VmRSS")
+start = time.perf_counter()
+model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+seconds = time.perf_counter() - start
+touched = sum(parameter.float().sum().item() for parameter in model.parameters())
+loaded = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+print(json.dumps({"seconds": seconds, "peak": status("VmHWM") - before, "loaded": loaded}))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    from decode import SIZES
+
+    from hf_moe.models.configuration_deepseek_v3 import DeepseekV3Config
+    from hf_moe.models.modeling_deepseek_v3 import DeepseekV3ForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = DeepseekV3ForCausalLM(DeepseekV3Config(**{**SIZES, "num_hidden_layers": args.layers})).bfloat16()
+        model.save_pretrained(folder, max_shard_size="100MB")
+        del model
+        runs: dict[str, list[dict]] = {"native": [], "ours": []}
+        for _ in range(args.repeats + 1):
+            for peer, results in runs.items():
+                command = [sys.executable, "-c", LOADER, folder, peer]
+                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                results.append(json.loads(output.splitlines()[-1]))
+    rows = []
+    for peer, results in runs.items():
+        results = results[1:]  # the first round warms the page cache
+        loaded = results[0]["loaded"]
+        rows.append(
+            {
+                "peer": peer,
+                "loaded MB": loaded / 1e6,
+                "seconds": statistics.median(result["seconds"] for result in results),
+                "peak MB": statistics.median(result["peak"] for result in results) / 1e6,
+                "peak / loaded": statistics.median(result["peak"] for result in results) / loaded,
+            }
+        )
+    report("load", rows, "cpu", args.out)
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()
