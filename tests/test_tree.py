@@ -1,4 +1,4 @@
-"""What holds the tree up: imports go down the floors, and the parts of Transformers that we rely on are as we know them."""
+"""What holds the tree up: imports go down the floors, and what we rely on in Transformers is as we know it."""
 
 import ast
 import importlib
@@ -69,7 +69,7 @@ def absolute_imports(path: Path) -> set[str]:
     return names
 
 
-# --- layout ------------------------------------------------------------------------------------------------------------
+# --- layout -----------------------------------------------------------------------------------------------------------
 
 
 def test_there_are_modules_to_look_at():
@@ -147,7 +147,7 @@ def test_settings_are_not_read_from_the_environment(path):
         assert "environ" not in path.read_text(encoding="utf-8")
 
 
-# --- the table of families ---------------------------------------------------------------------------------------------
+# --- the table of families --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", register.FAMILIES)
@@ -181,7 +181,7 @@ def test_version_is_one_string():
     assert len(parts) == 3 and all(part.isdigit() for part in parts)
 
 
-# --- what we rely on in Transformers -----------------------------------------------------------------------------------
+# --- what we rely on in Transformers ----------------------------------------------------------------------------------
 # Not public, or not promised. A release that changes one of these must fail here, by name, and not in a user's hands.
 
 

@@ -20,7 +20,7 @@ class DeepseekV3Config(UpstreamConfig):
 
     Raises:
         ValueError: for an unknown `topk_method`, `scoring_func`, `mla_mode` or RoPE type, expert groups that do not
-            divide the experts, more experts per token than the chosen groups hold, and keys of another architecture
+            divide the experts, more experts per token than there are, and keys of another architecture
             (sparse-attention `index_*` keys of V3.2, or a Kimi-K2.5 multimodal `text_config`).
     """
 
@@ -154,9 +154,7 @@ class DeepseekV3Config(UpstreamConfig):
         kept_groups = self.topk_group or groups
         if not 1 <= kept_groups <= groups:
             raise ValueError(f"`topk_group={kept_groups}` must be between 1 and `n_group={groups}`.")
-        reachable = experts if self.topk_method == "greedy" else kept_groups * (experts // groups)
-        if not 1 <= self.num_experts_per_tok <= reachable:
+        if not 1 <= self.num_experts_per_tok <= experts:
             raise ValueError(
-                f"`num_experts_per_tok={self.num_experts_per_tok}` must be between 1 and the {reachable} experts that "
-                f"`topk_group={kept_groups}` of `n_group={groups}` groups hold."
+                f"`num_experts_per_tok={self.num_experts_per_tok}` must be between 1 and `n_routed_experts={experts}`."
             )

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .layer_dense import RMSNorm
 from .layer_linear import Linear
 from .layer_rope import rotate_halves, rotate_interleaved, yarn_softmax_gain
+from .op_mla import latent_scores, latent_sums
 
 
 def absorbed_is_cheaper(config, num_queries: int, context: int) -> bool:
@@ -91,8 +92,8 @@ def absorbed_attention(
     context = latent.shape[2]
     latent, key_rope = latent.squeeze(1), key_rope.squeeze(1)  # (B, T, r), (B, T, p)
     # Heads become rows of one matrix product per sequence: the cache is read once, not once a head.
-    scores = _matmul(query_rope.flatten(1, 2), key_rope.transpose(1, 2))  # (B, S h, T)
-    scores = _matmul(query.flatten(1, 2), latent.transpose(1, 2), add=scores)
+    scores = latent_scores(query.flatten(1, 2), latent)  # (B, S h, T)
+    scores = scores + latent_scores(query_rope.flatten(1, 2), key_rope)
     weights = scores.view(batch, seq, heads, context).to(_wide(query.dtype)) * scaling
     if attention_mask is not None:
         mask = attention_mask.transpose(1, 2)  # (B or 1, S, h or 1, T)
@@ -103,22 +104,9 @@ def absorbed_attention(
     weights = weights.softmax(-1).to(query.dtype)  # (B, S, h, T)
     if dropout:
         weights = nn.functional.dropout(weights, p=dropout)
-    attended = _matmul(weights.flatten(1, 2), latent).view(batch, seq, heads, -1)
-    return attended, weights.transpose(1, 2)
-
-
-def _matmul(left: torch.Tensor, right: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
-    """Batched (B, M, K) x (B, K, N), plus `add` (B, M, N).
-
-    On the CPU one product per batch entry: the batched bfloat16 kernel copies its operands, here the whole cache.
-    """
-    if left.device.type != "cpu":
-        return torch.bmm(left, right) if add is None else torch.baddbmm(add, left, right)
-    if add is None:
-        products = [torch.mm(*pair) for pair in zip(left.unbind(0), right.unbind(0))]
-    else:
-        products = [torch.addmm(*triple) for triple in zip(add.unbind(0), left.unbind(0), right.unbind(0))]
-    return products[0].unsqueeze(0) if len(products) == 1 else torch.stack(products)
+    weights = weights.transpose(1, 2)  # what is returned is what is used, so that it has a gradient
+    attended = latent_sums(weights.transpose(1, 2).flatten(1, 2), latent).view(batch, seq, heads, -1)
+    return attended, weights
 
 
 class LatentAttention(nn.Module):

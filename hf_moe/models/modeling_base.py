@@ -20,11 +20,13 @@ from .layer_router import TopkRouter
 from .op_moe import BACKEND_NAME
 from .weights_experts import defer_experts, expert_index, upstream_parts
 from .weights_lazy import LazyTensor, plain_tensors, read_quantization_config
-from .weights_safetensors import INDEX_NAME, SINGLE_NAME, CheckpointError, check_folder, open_files
+from .weights_safetensors import INDEX_NAME, SINGLE_NAME, CheckpointError, ShapeError, check_folder, open_files
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Arguments that both the configuration and the weights are fetched with.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+# Arguments of the model that the configuration would take for fields of its own.
+_NOT_CONFIG = ("state_dict", "quantization_config", "dtype", "torch_dtype")
 _SHARD = re.compile(r"model(\.\w+)?-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -171,7 +173,7 @@ class MoePreTrainedModel(PreTrainedModel):
 def _read_config(cls, path, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """Reads the configuration as `from_pretrained` would; returns it and the arguments that are left."""
     hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-    own = {name: kwargs.pop(name) for name in ("state_dict", "quantization_config") if name in kwargs}
+    own = {name: kwargs.pop(name) for name in _NOT_CONFIG if name in kwargs}
     config, left = cls.config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
     return config, {**hub_arguments, **left, **own}
 
@@ -254,7 +256,7 @@ def _check_shape(name: str | None, tensors: dict[str, Any], expected: tuple[int,
         return
     shape = tuple(tensors[name].get_shape())
     if shape != expected:
-        raise CheckpointError(
+        raise ShapeError(
             f"Tensor {name} has shape {shape}, but config.json asks for {expected}. Correct the configuration, or "
             "pass `ignore_mismatched_sizes=True` to initialise it anew."
         )

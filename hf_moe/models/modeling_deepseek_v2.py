@@ -3,6 +3,8 @@
 Softmax routing, group-limited greedy choice and the absence of MTP layers follow from the configuration.
 """
 
+from transformers.generation import GenerationMixin
+
 from .configuration_deepseek_v2 import DeepseekV2Config
 from .modeling_deepseek_v3 import (
     DeepseekV3ForCausalLM,
@@ -17,12 +19,14 @@ class DeepseekV2Model(DeepseekV3Model):
     """The decoder without a head."""
 
     config_class = DeepseekV2Config
+    _keep_in_fp32_modules_strict = None  # the V2 router has no correction bias
 
 
-class DeepseekV2ForCausalLM(DeepseekV3ForCausalLM):
+class DeepseekV2ForCausalLM(DeepseekV3ForCausalLM, GenerationMixin):
     """The decoder with a language model head."""
 
     config_class = DeepseekV2Config
+    _keep_in_fp32_modules_strict = None  # the V2 router has no correction bias
     model_class = DeepseekV2Model
 
 
@@ -30,6 +34,7 @@ class DeepseekV2ForSequenceClassification(DeepseekV3ForSequenceClassification):
     """The decoder with a linear score on each sequence's last token."""
 
     config_class = DeepseekV2Config
+    _keep_in_fp32_modules_strict = None  # the V2 router has no correction bias
     model_class = DeepseekV2Model
 
 
@@ -37,6 +42,7 @@ class DeepseekV2ForTokenClassification(DeepseekV3ForTokenClassification):
     """The decoder with a linear score on every token."""
 
     config_class = DeepseekV2Config
+    _keep_in_fp32_modules_strict = None  # the V2 router has no correction bias
     model_class = DeepseekV2Model
 
 

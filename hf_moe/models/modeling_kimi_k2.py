@@ -4,6 +4,8 @@ The published checkpoints name `DeepseekV3ForCausalLM` as their architecture. A 
 it, so the classes here keep those names, and every engine that reads the published files reads ours.
 """
 
+from transformers.generation import GenerationMixin
+
 from .configuration_kimi_k2 import KimiK2Config
 from .modeling_deepseek_v3 import DeepseekV3ForCausalLM as _ForCausalLM
 from .modeling_deepseek_v3 import DeepseekV3ForSequenceClassification as _ForSequenceClassification
@@ -17,7 +19,7 @@ class DeepseekV3Model(_Model):
     config_class = KimiK2Config
 
 
-class DeepseekV3ForCausalLM(_ForCausalLM):
+class DeepseekV3ForCausalLM(_ForCausalLM, GenerationMixin):
     """The decoder with a language model head."""
 
     config_class = KimiK2Config

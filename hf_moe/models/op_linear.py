@@ -21,7 +21,8 @@ _onednn_enabled = getattr(torch._C, "_get_mkldnn_enabled", None)
 def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`rows @ weight.T + bias` for (..., in) rows and an (out, in) weight, as `torch.nn.functional.linear`."""
     count = rows.numel() // weight.shape[1]
-    special = rows.device.type == "cpu" and 0 < count <= _TRANSPOSED_ROWS and rows.dtype == weight.dtype
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter)  # not a distributed or quantised tensor
+    special = plain and rows.device.type == "cpu" and 0 < count <= _TRANSPOSED_ROWS and rows.dtype == weight.dtype
     if not special or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return F.linear(rows, weight, bias)
     if rows.dtype == torch.float32:

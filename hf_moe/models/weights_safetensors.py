@@ -37,6 +37,10 @@ class CheckpointError(OSError, ValueError):
     """A checkpoint that cannot be loaded as it is. The message names the file or tensor and what to do."""
 
 
+class ShapeError(CheckpointError, RuntimeError):
+    """A tensor whose shape is not what the configuration asks for; a `RuntimeError` too, as in Transformers."""
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """One tensor of a file: its dtype, shape and byte range behind the header."""

@@ -126,7 +126,7 @@ def run_python(code: str, *arguments: str, interpreter: str = sys.executable, fl
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-6000:]}"
     return result.stdout
@@ -150,7 +150,7 @@ class LogRecorder(logging.Handler):
         logging.getLogger("transformers").removeHandler(self)
 
 
-# --- an upstream checkpoint from its configuration, names and shapes written out by hand -------------------------------
+# --- an upstream checkpoint from its configuration, names and shapes written out by hand ------------------------------
 
 
 def upstream_shapes(config: dict) -> dict[str, tuple[int, ...]]:
@@ -220,11 +220,11 @@ def upstream_tensors(config: dict, dtype: torch.dtype = torch.bfloat16, seed: in
     return tensors
 
 
-# --- quantised formats, decoded here a second time, in float64 ---------------------------------------------------------
+# --- quantised formats, decoded here a second time, in float64 --------------------------------------------------------
 
 
 def e4m3_values() -> torch.Tensor:
-    """The 256 values of float8_e4m3fn by bit pattern, (256,) float64: 1 sign, 4 exponent (bias 7) and 3 mantissa bits."""
+    """The 256 values of float8_e4m3fn by bit pattern, float64: 1 sign, 4 exponent (bias 7) and 3 mantissa bits."""
     values = []
     for bits in range(256):
         sign, exponent, mantissa = -1.0 if bits >> 7 else 1.0, (bits >> 3) & 15, bits & 7
@@ -248,7 +248,7 @@ def decode_fp8(weight: torch.Tensor, scale: torch.Tensor, block: int = 128) -> t
 
 
 def decode_int4(packed: torch.Tensor, scale: torch.Tensor, shape: torch.Tensor, group: int = 32) -> torch.Tensor:
-    """Packed INT4 to float64: column 8 j + n is bits 4 n to 4 n + 3 of word j, minus 8, times the scale of its group."""
+    """Packed INT4 to float64: column 8 j + n is bits 4 n to 4 n + 3 of word j, less 8, times its group's scale."""
     rows, cols = shape.tolist()
     words = packed.long() & 0xFFFFFFFF
     columns = torch.arange(cols)

@@ -50,7 +50,7 @@ def test_checkpoint_error_is_caught_by_both_usual_handlers():
     assert issubclass(CheckpointError, OSError) and issubclass(CheckpointError, ValueError)
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def test_missing_shard(sharded):
@@ -201,7 +201,7 @@ def test_folder_without_weights(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-# --- tensors -----------------------------------------------------------------------------------------------------------
+# --- tensors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -358,7 +358,7 @@ def test_missing_fused_experts(shards, tmp_path):
     assert_refused(tmp_path / "fused", "model.layers.2.mlp.experts.", "missing")
 
 
-# --- quantised tensors -------------------------------------------------------------------------------------------------
+# --- quantised tensors ------------------------------------------------------------------------------------------------
 
 FP8_NAMES = [
     "model.layers.1.self_attn.kv_a_proj_with_mqa.weight",
@@ -480,11 +480,11 @@ def test_unsupported_quantization(case, quantization, named, tmp_path):
     assert_refused(folder, *named, error=ValueError)
 
 
-# --- no partial state --------------------------------------------------------------------------------------------------
+# --- no partial state -------------------------------------------------------------------------------------------------
 
 
 def test_a_refused_load_leaves_no_trace(tmp_path, monkeypatch):
-    """The same process loads a good checkpoint afterwards, and the refused one was refused before any weight was set."""
+    """The same process loads a good checkpoint afterwards, and no weight had been set when the bad one was refused."""
     name = "model.layers.3.mlp.experts.15.up_proj.weight"
     folder = edited_golden(tmp_path, "v3_basic", lambda tensors: tensors.pop(name))
     files = sorted(path.name for path in folder.iterdir())

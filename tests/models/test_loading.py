@@ -1,4 +1,4 @@
-"""Loading: upstream tensors into the fused parameters bit for bit, quantised formats, MTP layers, devices and memory."""
+"""Loading: upstream tensors into fused parameters bit for bit, quantised formats, MTP layers, devices and memory."""
 
 import inspect
 import json
@@ -70,7 +70,7 @@ def without_duplicates(tensors, config):
 
 
 def assert_parameters(model, tensors, config, dtype):
-    """Every parameter of the model equals the upstream tensors, cast to `dtype`, bit for bit, and there are no others."""
+    """Every parameter of the model equals the upstream tensor, cast to `dtype`, bit for bit; there are no others."""
     wanted = fused_experts(without_duplicates(tensors, config), config["n_routed_experts"])
     state = model.state_dict()
     assert set(state) == set(wanted), sorted(set(state) ^ set(wanted))[:6]
@@ -79,7 +79,7 @@ def assert_parameters(model, tensors, config, dtype):
         assert_same_bits(name, state[name], tensor.to(kept))
 
 
-# --- values ------------------------------------------------------------------------------------------------------------
+# --- values -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "auto"], ids=str)
@@ -215,7 +215,7 @@ def test_a_missing_head_is_reported(tmp_path):
     assert "lm_head.weight" in log.text
 
 
-# --- quantised checkpoints ---------------------------------------------------------------------------------------------
+# --- quantised checkpoints --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -312,7 +312,7 @@ def test_fp8_base_model_and_classifier(tmp_path):
             assert_same_bits(name, state[name], whole[name])
 
 
-# --- MTP layers --------------------------------------------------------------------------------------------------------
+# --- MTP layers -------------------------------------------------------------------------------------------------------
 
 
 def drop_mtp(main):
@@ -411,7 +411,7 @@ def test_checkpoint_without_one_mtp_duplicate(which, tmp_path):
     assert max_difference(logits, want["mtp1_logits"]) < LOGITS_ATOL
 
 
-# --- devices -----------------------------------------------------------------------------------------------------------
+# --- devices ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}, "cpu"], ids=str)
@@ -440,7 +440,7 @@ def test_disk_offload_gives_the_same_logits_and_saves_the_same_tensors(case, tmp
         assert_same_bits(name, saved[name], wanted[name])
 
 
-# --- the host ----------------------------------------------------------------------------------------------------------
+# --- the host ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_private_loading_hook_has_the_signature_that_we_override():
@@ -464,7 +464,7 @@ def test_a_given_state_dict_loads():
     assert max_difference(logits_of(model, "v3_basic"), expected("v3_basic")["logits"]) < LOGITS_ATOL
 
 
-# --- memory ------------------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 MEMORY_CONFIG = {
     **{key: value for key, value in EDGE_CONFIG.items() if key != "quantization_config"},

@@ -1,4 +1,4 @@
-"""Beside Transformers' own DeepSeek classes: checkpoints pass both ways, and importing hf_moe leaves those classes alone."""
+"""Beside Transformers' own DeepSeek classes: checkpoints pass both ways, and importing hf_moe changes none of them."""
 
 import json
 
@@ -159,7 +159,8 @@ SNAPSHOT = """
 import json, sys
 import torch, transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers import activations, conversion_mapping, core_model_loading, modeling_utils, modeling_rope_utils, cache_utils
+from transformers import activations, cache_utils, conversion_mapping, core_model_loading
+from transformers import modeling_rope_utils, modeling_utils
 from transformers.models import auto
 from transformers.models.deepseek_v2 import modeling_deepseek_v2, configuration_deepseek_v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3, configuration_deepseek_v3

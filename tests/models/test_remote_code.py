@@ -56,7 +56,7 @@ def closure(*entries: str) -> set[str]:
     return {f"{module}.py" for module in found}
 
 
-# --- the rules of the loader -------------------------------------------------------------------------------------------
+# --- the rules of the loader ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
@@ -89,7 +89,7 @@ def test_the_package_file_of_the_models_is_empty():
     assert (MODELS / "__init__.py").read_text() == ""
 
 
-# --- what is shipped ---------------------------------------------------------------------------------------------------
+# --- what is shipped --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -160,7 +160,7 @@ def test_push_to_hub_uploads_code_and_auto_map(tmp_path, monkeypatch):
     assert_same_tensors(read_tensors(folder), read_tensors(golden("v3_basic")))
 
 
-# --- a process without hf_moe ------------------------------------------------------------------------------------------
+# --- a process without hf_moe -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -197,7 +197,7 @@ def run_isolated(interpreter: str, cache: Path, code: str, *arguments) -> dict:
         cwd=cache,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-6000:]}"
     return json.loads(result.stdout.splitlines()[-1])
@@ -240,7 +240,8 @@ with torch.no_grad():
     out["states"] = difference(base(ids).last_hidden_state, want["last_hidden_state"])
 for auto_class in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
     classifier = auto_class.from_pretrained(folder, num_labels=3, pad_token_id=0, **remote).eval()
-    equal = all(torch.equal(value, model.model.state_dict()[key]) for key, value in classifier.model.state_dict().items())
+    state = model.model.state_dict()
+    equal = all(torch.equal(value, state[key]) for key, value in classifier.model.state_dict().items())
     with torch.no_grad():
         shape = list(classifier(ids).logits.shape)
     out[auto_class.__name__] = [type(classifier).__module__, equal, shape]

@@ -50,7 +50,7 @@ def index_of(folder) -> dict:
     return json.loads((folder / "model.safetensors.index.json").read_text())
 
 
-# --- round trip --------------------------------------------------------------------------------------------------------
+# --- round trip -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_shard_size", ["1GB", "60KB"])
@@ -162,7 +162,7 @@ def test_classifier_round_trip(auto_class, tmp_path):
         assert_same_bits(name, state[name], tensor)
 
 
-# --- MTP duplicates ----------------------------------------------------------------------------------------------------
+# --- MTP duplicates ---------------------------------------------------------------------------------------------------
 
 
 def test_mtp_duplicates_follow_a_changed_original(tmp_path):
@@ -180,7 +180,7 @@ def test_mtp_duplicates_follow_a_changed_original(tmp_path):
     assert not torch.equal(saved["lm_head.weight"], read_tensors(golden("v3_mtp2"))["lm_head.weight"])
 
 
-# --- models that were never loaded -------------------------------------------------------------------------------------
+# --- models that were never loaded ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", ["v3_basic", "v3_mtp2", "v2_group_limited", "v2_lite_greedy", "kimi_k2"])
@@ -225,7 +225,7 @@ def test_state_dict_argument_is_saved(tmp_path):
     assert_same_tensors(read_tensors(tmp_path), {name: tensor * 2 for name, tensor in stored.items()})
 
 
-# --- the model after saving --------------------------------------------------------------------------------------------
+# --- the model after saving -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", ["v3_basic", "v3_fp8"])
@@ -247,7 +247,7 @@ def test_saving_changes_nothing_in_the_model(case, tmp_path):
         assert max_difference(model(expected(case)["input_ids"]).logits, expected(case)["logits"]) < LOGITS_ATOL
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def everything(folder) -> dict[str, bytes]:
