@@ -2,6 +2,7 @@
 
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +19,8 @@ RESULTS = Path(__file__).parent / "results"
 def time_interleaved(
     cases: dict[str, Callable[[], object]], repeats: int, device: str = "cpu", block: int = 1
 ) -> dict[str, float]:
-    """Median seconds of each case. The cases take turns, so that a change of the machine's speed meets all of them.
+    """Median seconds of each case. The cases take turns, in a new order each time, so that a change of the machine's
+    speed and the caches that another case leaves behind meet all of them.
 
     Args:
         cases: what to time, by name.
@@ -27,8 +29,10 @@ def time_interleaved(
         block: calls of a case in a row, each timed: for steps that follow one another in use, as in decoding.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
+    order, shuffler = list(cases.items()), random.Random(0)
     for turn in range(repeats + 1):
-        for name, case in cases.items():
+        shuffler.shuffle(order)
+        for name, case in order:
             for _ in range(block):
                 if device != "cpu":
                     torch.cuda.synchronize()

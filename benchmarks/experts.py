@@ -30,7 +30,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--intermediate", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--block", type=int, default=3, help="calls in a row, before the next backend's turn")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -70,7 +71,7 @@ def main() -> None:
             for name in names:
                 error = (run(name)().float() - reference).norm() / reference.norm()
                 assert error < (2e-2 if dtype != torch.float32 else 1e-5), f"{name} is wrong: {error:.1e}"
-            median = time_interleaved({name: run(name) for name in names}, args.repeats, args.device)
+            median = time_interleaved({name: run(name) for name in names}, args.repeats, args.device, block=args.block)
             best = min((name for name in names if name != "hf_moe"), key=median.get)
             row = {"dtype": dtype_name, "tokens": tokens}
             row.update({f"{name} ms": median[name] * 1e3 if name in median else None for name in BACKENDS})

@@ -33,9 +33,9 @@ before = status("VmRSS")
 start = time.perf_counter()
 model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 seconds = time.perf_counter() - start
-touched = sum(parameter.float().sum().item() for parameter in model.parameters())
+peak = status("VmHWM") - before
 loaded = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-print(json.dumps({"seconds": seconds, "peak": status("VmHWM") - before, "loaded": loaded}))
+print(json.dumps({"seconds": seconds, "peak": peak, "loaded": loaded}))
 """
 
 

@@ -1,7 +1,7 @@
 """Text from any DeepSeek-V2, DeepSeek-V3 or Kimi-K2 checkpoint: an upstream folder, one of ours, or a Hub id.
 
-    python examples/generate.py                                  # the demo model that the package ships
-    python examples/generate.py path/to/DeepSeek-V3 --prompt "The capital of France is" --max-new-tokens 32
+python examples/generate.py                                  # the demo model that the package ships
+python examples/generate.py path/to/DeepSeek-V3 --prompt "The capital of France is" --max-new-tokens 32
 """
 
 import argparse

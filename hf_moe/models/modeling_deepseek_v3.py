@@ -236,7 +236,8 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         is_prompt = input_ids.shape[-1] > 1 and not self.training
         if torch.compiler.is_compiling() or input_ids.device.type == "meta" or input_ids.numel() == 0:
             return
-        if on_cpu or (is_prompt and not torch.cuda.is_current_stream_capturing()):
+        capturing = input_ids.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if on_cpu or (is_prompt and not capturing):
             low, high = (bound.item() for bound in input_ids.aminmax())
             if low < 0 or high >= self.embed_tokens.num_embeddings:
                 raise IndexError(
@@ -348,6 +349,18 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
             mtp_logits=mtp_logits,
         )
+
+    def generate(self, *args, **kwargs):
+        """Generates text; arguments are those of Transformers.
+
+        Raises:
+            ValueError: for `use_mtp=True`. Transformers' own MTP speculation reads MTP weights under other names from
+                the checkpoint, and fails late on these models.
+        """
+        generation_config = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("use_mtp", getattr(generation_config, "use_mtp", None)):
+            raise ValueError("`use_mtp=True` is not supported by this model class; generate without it.")
+        return super().generate(*args, **kwargs)
 
     def _mtp_logits(self, hidden_states, input_ids, inputs_embeds, attention_mask, position_ids):
         """Teacher-forced logits of every MTP depth; see `MTPCausalLMOutputWithPast`."""

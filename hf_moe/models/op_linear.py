@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 # Up to so many rows the special forms win.
 _ONEDNN_OFF_ROWS = 2
-_TRANSPOSED_ROWS = 32
+_TRANSPOSED_ROWS = 12
 # PyTorch's own bfloat16 matrix-vector kernel runs where oneDNN is switched off. The switch is private to torch and
 # global to the process; where it is missing, nothing changes but speed.
 _set_onednn_enabled = getattr(torch._C, "_set_mkldnn_enabled", None)

@@ -1,0 +1,119 @@
+"""Shared behaviour of every configuration: upstream keys in, the same upstream keys out.
+
+Transformers rewrites a configuration as it reads it (`rope_scaling` and `rope_theta` become `rope_parameters`,
+`torch_dtype` becomes `dtype`) and drops keys that equal a default when it writes. Other engines read the upstream
+spelling, so `UpstreamConfig` remembers the spelling that it was given and writes it back, key for key.
+"""
+
+import copy
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+
+# RoPE types whose frequencies we can compute, by the name that `config.json` uses.
+SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
+MLA_MODES = ("auto", "expanded", "absorbed")
+# Not part of the file: the spelling that was read, and notes from `from_pretrained` to the loader.
+_PRIVATE = ("_upstream_keys", "_upstream_rope_scaling", "load_options")
+
+
+def choose(name: str, value: Any, allowed: tuple) -> None:
+    """Raises `ValueError` that names the option unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"`{name}={value!r}` is not supported; use one of {', '.join(map(repr, allowed))}.")
+
+
+class UpstreamConfig(PreTrainedConfig):
+    """Base of the family configurations: verbatim round trip of `config.json`, and checks of the RoPE dictionary.
+
+    Subclasses declare the fields. Keys that they do not declare become attributes, as in Transformers, and are
+    written back.
+
+    Raises:
+        ValueError: for an unknown RoPE type, or one without its `factor`.
+    """
+
+    # Where the remote code of a saved checkpoint finds its classes, by Auto class name. Set per family.
+    remote_code_map = {}
+    # Values that follow from other fields: written only where the file that was read spelled them out.
+    derived_keys = ("head_dim", "qk_head_dim")
+
+    def __post_init__(self, **kwargs):
+        if not self._is_our_code(kwargs.get("auto_map")):
+            kwargs.pop("auto_map", None)  # the repository's own remote code: ours replaces it when we save
+        self._upstream_keys = []
+        self._upstream_rope_scaling = copy.deepcopy(kwargs.get("rope_scaling"))
+        rope = kwargs.get("rope_scaling") or getattr(self, "rope_parameters", None)
+        if rope is not None:
+            _check_rope(rope)
+            # Transformers adds its own keys to the dictionary that it is given: hand it a copy.
+            name = "rope_scaling" if kwargs.get("rope_scaling") else "rope_parameters"
+            if name == "rope_scaling":
+                kwargs["rope_scaling"] = dict(rope)
+            else:
+                self.rope_parameters = dict(rope)
+        super().__post_init__(**kwargs)
+
+    def _is_our_code(self, auto_map: dict[str, str] | None) -> bool:
+        # A repository on the Hub stands before its class: "owner/name--module.Class".
+        return str((auto_map or {}).get("AutoConfig")).rpartition("--")[2] == self.remote_code_map.get("AutoConfig")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in Transformers, and remembers which keys the file had, so that they are written back."""
+        keys = sorted(config_dict)
+        result = super().from_dict(config_dict, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        config._upstream_keys = keys
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Serialises with the upstream spelling: `rope_theta`, `rope_scaling` (with `type`) and `torch_dtype`."""
+        output = super().to_dict()
+        for key in _PRIVATE:
+            output.pop(key, None)
+        if output.get("mla_mode") == "auto":
+            output.pop("mla_mode")  # ours, and the default: keep the file as upstream writes it
+        for key in self.derived_keys:
+            if key in self._upstream_keys:
+                output[key] = getattr(self, key)
+        rope = output.get("rope_parameters")
+        if rope is not None and "rope_parameters" not in self._upstream_keys:
+            del output["rope_parameters"]
+            output["rope_theta"] = rope["rope_theta"]
+            output["rope_scaling"] = self._spell_rope_scaling(rope)
+        if "dtype" in output and "dtype" not in self._upstream_keys:
+            output["torch_dtype"] = output.pop("dtype")
+        return output
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All of the architecture's keys, also those that equal a default: other engines have other defaults.
+
+        Left out are only Transformers' own fields at their defaults, unless the file that was read had them.
+        """
+        output = self.to_dict()
+        output.pop("_name_or_path", None)
+        keep = {*self._upstream_keys, "transformers_version", "architectures"}
+        for key, default in PreTrainedConfig().to_dict().items():
+            if key in output and key not in keep and output[key] == default:
+                del output[key]
+        return output
+
+    def _spell_rope_scaling(self, rope: dict[str, Any]) -> dict[str, Any] | None:
+        upstream = self._upstream_rope_scaling
+        added = {"rope_type", "rope_theta", "original_max_position_embeddings"}  # by Transformers, where missing
+        if upstream is not None:
+            as_read = {**upstream, "rope_type": upstream.get("rope_type", upstream.get("type", "default"))}
+            if all(rope.get(key) == value for key, value in as_read.items()) and set(rope) <= set(as_read) | added:
+                return upstream
+        elif rope["rope_type"] == "default":
+            return None
+        scaling = {key: value for key, value in rope.items() if key not in ("rope_type", "rope_theta")}
+        return {**scaling, "type": rope["rope_type"]}
+
+
+def _check_rope(rope: dict[str, Any]) -> None:
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    choose("rope_scaling type", rope_type, SUPPORTED_ROPE_TYPES)
+    if rope_type != "default" and not isinstance(rope.get("factor"), (int, float)):
+        raise ValueError(f"`rope_scaling` of type {rope_type!r} needs a number `factor`, got {rope.get('factor')!r}.")

@@ -1,0 +1,87 @@
+"""A latent cache that grows in place.
+
+Transformers' dynamic cache concatenates at every step, which copies the whole context per token. The layer below keeps
+spare room behind the last token and writes into it; `keys` and `values` are views that end at the last token, so every
+reader sees the layout of a dynamic layer.
+"""
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+# Spare slots: an eighth of the context, but no fewer than this many tokens.
+_MIN_SPARE_TOKENS = 64
+
+
+class GrowingLayer(DynamicLayer):
+    """Dynamic cache layer with amortised growth; (batch, heads, seq, dim) like `DynamicLayer`.
+
+    Copies the context once per 12.5 % of growth instead of once per token. Any operation of the base class that
+    replaces `keys` and `values` (reordering, selecting, repeating, cropping) leaves the spare room behind, and the next
+    `update` makes new room.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Appends (batch, heads, new, dim) states; returns keys and values of the whole context."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        past, new = self.get_seq_length(), key_states.shape[-2]
+        needs_grad = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        if needs_grad or torch.compiler.is_compiling():
+            # Writing in place would break autograd's saved tensors.
+            self._buffers = None
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self._has_room(past + new, key_states.shape[0]):
+            self._make_room(past, past + new, key_states, value_states)
+        views = []
+        for buffer, states in zip(self._buffers, (key_states, value_states)):
+            buffer.narrow(-2, past, new).copy_(states)
+            views.append(buffer.narrow(-2, 0, past + new))
+        self.keys, self.values = views
+        return self.keys, self.values
+
+    def _has_room(self, length: int, batch_size: int) -> bool:
+        if self._buffers is None or self._buffers[0].shape[-2] < length or self._buffers[0].shape[0] != batch_size:
+            return False
+        if self._buffers[0].is_inference() and not torch.is_inference_mode_enabled():
+            return False  # made under inference_mode, not writable outside
+        # The base class may have replaced the tensors (beam reordering, batch selection): then the views are not ours.
+        return all(
+            tensor.numel() == 0 or tensor.data_ptr() == buffer.data_ptr()
+            for tensor, buffer in zip((self.keys, self.values), self._buffers)
+        )
+
+    def _make_room(self, past: int, length: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        # A first update is usually the whole prompt: spare room for it as well, since tokens follow.
+        capacity = length + max(length // 8, _MIN_SPARE_TOKENS)
+        buffers = []
+        for tensor, states in ((self.keys, key_states), (self.values, value_states)):
+            buffer = states.new_empty((*states.shape[:-2], capacity, states.shape[-1]))
+            if past:
+                buffer.narrow(-2, 0, past).copy_(tensor)
+            buffers.append(buffer)
+        self._buffers = tuple(buffers)
+
+    def reset(self) -> None:
+        self._buffers = None
+        super().reset()
+
+    def offload(self) -> None:
+        self._buffers = None
+        super().offload()
+
+
+def adopt_growing_layers(cache: Cache, num_layers: int) -> None:
+    """Replaces the empty plain dynamic layers of `cache` by growing ones. Static, quantised and filled layers stay."""
+    if getattr(cache, "offloading", False) or not isinstance(getattr(cache, "layers", None), list):
+        return
+    replicated = getattr(cache, "layer_class_to_replicate", None)
+    if replicated is DynamicLayer:
+        while len(cache.layers) < num_layers:
+            cache.layers.append(GrowingLayer())
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and not layer.is_initialized:
+            cache.layers[index] = GrowingLayer()

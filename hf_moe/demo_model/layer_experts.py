@@ -1,0 +1,72 @@
+"""Routed experts with fused weights, and the MoE block that joins router, experts and shared experts."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+
+from .layer_dense import GatedMLP
+from .layer_router import TopkRouter
+from .op_moe import BACKEND_NAME  # noqa: F401  importing registers the backend with Transformers' experts interface
+
+
+@use_experts_implementation
+class Experts(nn.Module):
+    """E gated experts in two stacked parameters: `gate_up_proj` (E, 2I, H), gate rows first, and `down_proj` (E, H, I).
+
+    `forward(hidden_states, topk_indices, topk_weights)` takes (T, H), (T, K) and (T, K) and returns (T, H). The
+    decorator sends the call to the backend that the configuration names (`set_experts_implementation`); the method
+    below is the definition, `"eager"`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, topk_indices: torch.Tensor, topk_weights: torch.Tensor
+    ) -> torch.Tensor:
+        output = torch.zeros_like(hidden_states)
+        for expert in topk_indices.unique().tolist():
+            if expert >= self.num_experts:  # under expert parallelism: an expert of another rank
+                continue
+            token, choice = torch.where(topk_indices == expert)
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            weighted = expert_output * topk_weights[token, choice].unsqueeze(-1)
+            output = output.index_add(0, token, weighted.to(output.dtype))
+        return output
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"
+
+
+class MoE(nn.Module):
+    """Routed experts plus shared experts; the shared ones are added as they are, never scaled.
+
+    Parameter names are those of the upstream checkpoints: `gate`, `experts`, `shared_experts` (one wide MLP).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = TopkRouter(config)
+        self.experts = Experts(config)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            width = config.moe_intermediate_size * config.n_shared_experts
+            self.shared_experts = GatedMLP(config.hidden_size, width, config.hidden_act)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(batch, seq, H) to (batch, seq, H)."""
+        _, topk_weights, topk_indices = self.gate(hidden_states)
+        tokens = hidden_states.view(-1, hidden_states.shape[-1])  # (T, H)
+        output = self.experts(tokens, topk_indices, topk_weights).view_as(hidden_states)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(hidden_states)
+        return output

@@ -1,0 +1,242 @@
+"""Multi-head latent attention (DeepSeek-V2 report, arXiv 2405.04434, section 2.1) over a latent cache.
+
+The cache holds, per token and layer, the normed latent `c` (kv_lora_rank) and one rotary key shared by all heads
+(qk_rope_head_dim), and nothing else. Two evaluation orders give the same function:
+
+- **expanded**: `c` goes through `kv_b_proj` into per-head keys and values; attention runs through Transformers'
+  attention interface. Its cost per call has a term in context x latent x heads, paid again at every decode step.
+- **absorbed**: the key half of `kv_b_proj` is applied to the queries and the value half to the attention output, so
+  that scores and sums are taken against the latent itself, like multi-query attention with one head of width
+  kv_lora_rank + qk_rope_head_dim. Cheaper for few queries, dearer for many.
+
+Shapes: B batch, S new tokens, T context (new tokens included), h heads, n qk_nope_head_dim, p qk_rope_head_dim,
+v v_head_dim, r kv_lora_rank.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .layer_dense import RMSNorm
+from .layer_linear import Linear
+from .layer_rope import rotate_halves, rotate_interleaved, yarn_softmax_gain
+from .op_mla import latent_scores, latent_sums
+
+
+def absorbed_is_cheaper(config, num_queries: int, context: int) -> bool:
+    """Whether the absorbed order takes fewer multiplications for S = `num_queries` against T = `context`.
+
+    Expanded, per head: T r (n + v) to expand the context, S T (n + p + v) to attend. Absorbed, per head:
+    S r (n + v) to move in and out of latent space, S T (2 r + p) to attend. A plain function of shapes, so that
+    launches are predictable.
+    """
+    latent, projections = config.kv_lora_rank, config.qk_nope_head_dim + config.v_head_dim
+    expanded = context * latent * projections + num_queries * context * (projections + config.qk_rope_head_dim)
+    absorbed = num_queries * latent * projections + num_queries * context * (2 * latent + config.qk_rope_head_dim)
+    return absorbed < expanded
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition of attention: (B, h, S, d) queries against (B, h, T, d) keys; softmax in float32.
+
+    `attention_mask` is additive and broadcasts to (B, h, S, T). Returns (B, S, h, v) and the weights (B, h, S, T).
+    """
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=_wide(query.dtype)).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a softmax: float32, or float64 for a float64 model."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def absorbed_attention(
+    query: torch.Tensor,
+    query_rope: torch.Tensor,
+    latent: torch.Tensor,
+    key_rope: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in latent space: every head reads the same (T, r + p) cache, once.
+
+    Args:
+        query: (B, S, h, r), queries in latent space.
+        query_rope: (B, S, h, p).
+        latent: (B, 1, T, r).
+        key_rope: (B, 1, T, p).
+        attention_mask: boolean (True attends) or additive, broadcasting to (B, h, S, T); `None` attends to all.
+        scaling: softmax scale.
+        dropout: dropout rate on the attention weights.
+
+    Returns the attended latents (B, S, h, r) and the weights (B, h, S, T).
+    """
+    batch, seq, heads, _ = query.shape
+    context = latent.shape[2]
+    latent, key_rope = latent.squeeze(1), key_rope.squeeze(1)  # (B, T, r), (B, T, p)
+    # Heads become rows of one matrix product per sequence: the cache is read once, not once a head.
+    scores = latent_scores(query.flatten(1, 2), latent)  # (B, S h, T)
+    scores = scores + latent_scores(query_rope.flatten(1, 2), key_rope)
+    weights = scores.view(batch, seq, heads, context).to(_wide(query.dtype)) * scaling
+    if attention_mask is not None:
+        mask = attention_mask.transpose(1, 2)  # (B or 1, S, h or 1, T)
+        if mask.dtype == torch.bool:
+            weights = weights.masked_fill(~mask, torch.finfo(weights.dtype).min)
+        else:
+            weights = weights + mask
+    weights = weights.softmax(-1).to(query.dtype)  # (B, S, h, T)
+    if dropout:
+        weights = nn.functional.dropout(weights, p=dropout)
+    weights = weights.transpose(1, 2)  # what is returned is what is used, so that it has a gradient
+    attended = latent_sums(weights.transpose(1, 2).flatten(1, 2), latent).view(batch, seq, heads, -1)
+    return attended, weights
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention with both evaluation orders; parameter names are the upstream ones.
+
+    `q_lora_rank` of `None` replaces `q_a_proj`, `q_a_layernorm` and `q_b_proj` by one `q_proj`. The two inner norms
+    use an epsilon of 1e-6 whatever `rms_norm_eps` says, as the upstream modeling code does (it differs for
+    Kimi-K2-Thinking, whose `rms_norm_eps` is 1e-5).
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_groups = 1  # the expanded form has a key head for every query head
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_rope_head_dim = config.qk_rope_head_dim
+        self.qk_head_dim = config.qk_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.kv_lora_rank = config.kv_lora_rank
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.scaling = self.qk_head_dim**-0.5 * yarn_softmax_gain(config.rope_parameters)
+        self.rotate = rotate_interleaved if config.rope_interleave else rotate_halves
+
+        query_width = self.num_heads * self.qk_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(config.hidden_size, query_width, bias=False)
+        else:
+            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank, bias=config.attention_bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank)
+            self.q_b_proj = Linear(config.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = Linear(
+            config.hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=config.attention_bias
+        )
+        self.kv_a_layernorm = RMSNorm(self.kv_lora_rank)
+        self.kv_b_proj = Linear(
+            self.kv_lora_rank, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False
+        )
+        self.o_proj = Linear(self.num_heads * self.v_head_dim, config.hidden_size, bias=config.attention_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        absorbed: bool = False,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, S, hidden) to (B, S, hidden), and the attention weights (B, h, S, T) where the backend has them.
+
+        `attention_mask` is what the attention interface takes in the expanded order, and boolean or additive
+        (B, 1, S, T) or `None` in the absorbed one.
+        """
+        batch, seq, _ = hidden_states.shape
+        cos, sin = position_embeddings
+        query = self._project_queries(hidden_states).view(batch, seq, -1, self.qk_head_dim)
+        query_nope, query_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)  # (B, S, h, .)
+        query_rope = self.rotate(query_rope, cos, sin)
+
+        latent, key_rope = self.kv_a_proj_with_mqa(hidden_states).split(
+            [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
+        )
+        latent = self.kv_a_layernorm(latent)  # the rotary key is not normed
+        key_rope = self.rotate(key_rope.unsqueeze(2), cos, sin)  # (B, S, 1, p)
+        # One head, four dimensions: the layout that every cache class expects.
+        latent, key_rope = latent.unsqueeze(1), key_rope.transpose(1, 2)  # (B, 1, S, r), (B, 1, S, p)
+        if past_key_values is not None:
+            latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)
+
+        attend = self._attend_absorbed if absorbed else self._attend_expanded
+        output, weights = attend(query_nope, query_rope, latent, key_rope, attention_mask, **kwargs)
+        return self.o_proj(output.reshape(batch, seq, -1)), weights
+
+    def _project_queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.config.q_lora_rank is None:
+            return self.q_proj(hidden_states)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+
+    def _attend_expanded(self, query_nope, query_rope, latent, key_rope, attention_mask, **kwargs):
+        query = torch.cat((query_nope, query_rope), dim=-1).transpose(1, 2)  # (B, h, S, n + p)
+        expanded = self.kv_b_proj(latent.squeeze(1))  # (B, T, h (n + v))
+        expanded = expanded.unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim)).transpose(1, 2)
+        key_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)  # (B, h, T, .)
+        key = torch.cat((key_nope, key_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
+
+        implementation = self.config._attn_implementation
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        # Flash kernels take one width for queries, keys and values.
+        pad = self.qk_head_dim - self.v_head_dim if "flash" in (implementation or "") else 0
+        if pad > 0:
+            value = nn.functional.pad(value, (0, pad))
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )  # (B, S, h, v)
+        return (output[..., : self.v_head_dim] if pad > 0 else output), weights
+
+    def _attend_absorbed(self, query_nope, query_rope, latent, key_rope, attention_mask, **kwargs):
+        key_half, value_half = self._kv_b_halves(query_nope)
+        batch, seq = query_nope.shape[:2]
+        # Into latent space, head by head: (h, B S, n) x (h, n, r).
+        query = torch.bmm(query_nope.flatten(0, 1).transpose(0, 1), key_half)
+        query = query.transpose(0, 1).unflatten(0, (batch, seq))  # (B, S, h, r)
+        attended, weights = absorbed_attention(
+            query,
+            query_rope,
+            latent,
+            key_rope,
+            attention_mask,
+            self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+        )
+        # And out of it: (h, v, r) x (h, r, B S). The weight goes first, since it must not be copied.
+        output = torch.bmm(value_half, attended.flatten(0, 1).permute(1, 2, 0))
+        return output.permute(2, 0, 1).unflatten(0, (batch, seq)), weights  # (B, S, h, v)
+
+    def _kv_b_halves(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`kv_b_proj` as its key part (h, n, r) and value part (h, v, r): the two alternate head by head."""
+        weight = self.kv_b_proj.weight
+        if type(self.kv_b_proj) is not Linear or hasattr(self.kv_b_proj, "_hf_hook"):
+            # An adapter, a quantised layer or an offloaded one: the matrix is what the module makes of unit vectors.
+            weight = self.kv_b_proj(torch.eye(self.kv_lora_rank, dtype=like.dtype, device=like.device)).t()
+        weight = weight.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))
+        return weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)

@@ -1,0 +1,94 @@
+"""Routers: hidden states to expert ids and weights. Nothing here knows what an expert does.
+
+Shapes: T tokens, K choices per token, E routed experts, G groups.
+"""
+
+import contextlib
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class TopkRouter(nn.Module):
+    """Top-k router of DeepSeek-V2 (softmax) and DeepSeek-V3 / Kimi-K2 (sigmoid with a correction bias).
+
+    `forward(hidden_states)` takes (..., hidden) and returns `(router_logits, topk_weights, topk_indices)`:
+    (T, E) float32, (T, K) float32 and (T, K) int64, the choices unordered. The whole computation is in float32,
+    whatever the dtype of the model (DeepSeek-V3 report, section 2.1.2; V2 report, section 2.2).
+
+    `tokens_per_expert`, (E,) int64, holds how many choices each expert received in the last forward pass: what a
+    balance controller works from. With gradient checkpointing the recomputation counts the same tokens again into
+    the same place, so that reading it after the backward pass stays right.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.num_experts = config.n_routed_experts
+        self.hidden_size = config.hidden_size
+        self.num_group = config.n_group or 1
+        self.topk_group = config.topk_group or self.num_group
+        self.topk_method = config.topk_method
+        self.scoring_func = config.scoring_func
+        self.norm_topk_prob = config.norm_topk_prob
+        self.routed_scaling_factor = config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
+        if self.topk_method == "noaux_tc":
+            # A buffer: moved by the balance rule, never by a gradient. Kept in float32, since rounding reorders routes.
+            self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts))
+        else:
+            self.e_score_correction_bias = None
+        self._last_topk_indices: torch.Tensor | None = None
+
+    @property
+    def tokens_per_expert(self) -> torch.Tensor | None:
+        """Choices per expert in the last forward pass, (E,) int64; `None` before the first."""
+        if self._last_topk_indices is None:
+            return None
+        return torch.bincount(self._last_topk_indices.flatten(), minlength=self.num_experts)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        hidden_states = hidden_states.reshape(-1, self.hidden_size)
+        with _no_autocast(hidden_states.device.type):
+            router_logits = F.linear(hidden_states.float(), self.weight.float())  # (T, E)
+        scores = router_logits.softmax(-1) if self.scoring_func == "softmax" else router_logits.sigmoid()
+        topk_indices = self._choose(scores)
+        if self.training or not torch.compiler.is_compiling():  # a compiled decode step keeps no statistics
+            self._last_topk_indices = topk_indices.detach()
+        # The bias picks experts, it never weighs them: the weights are the plain scores.
+        return router_logits, self._weigh(scores.gather(-1, topk_indices)), topk_indices
+
+    @torch.no_grad()
+    def _choose(self, scores: torch.Tensor) -> torch.Tensor:
+        """(T, E) scores to (T, K) expert ids."""
+        choice = scores
+        if self.e_score_correction_bias is not None:
+            choice = scores + self.e_score_correction_bias.float()
+        if self.topk_method != "greedy" and self.topk_group < self.num_group:
+            groups = choice.unflatten(-1, (self.num_group, -1))  # (T, G, E / G)
+            if self.topk_method == "noaux_tc":
+                group_scores = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
+            else:
+                group_scores = groups.amax(-1)
+            kept = torch.zeros_like(group_scores, dtype=torch.bool)
+            kept.scatter_(-1, group_scores.topk(self.topk_group, dim=-1, sorted=False).indices, True)
+            # Not 0: a biased score can be negative, and a masked expert must never beat it.
+            choice = groups.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
+        return choice.topk(self.top_k, dim=-1, sorted=False).indices
+
+    def _weigh(self, topk_scores: torch.Tensor) -> torch.Tensor:
+        """(T, K) scores of the chosen experts to the weights of their outputs."""
+        normalise = self.norm_topk_prob and (self.top_k > 1 or self.scoring_func == "sigmoid")
+        if normalise:
+            topk_scores = topk_scores / (topk_scores.sum(-1, keepdim=True) + 1e-20)
+            if self.scoring_func == "softmax":
+                return topk_scores  # V2: normalised weights are not scaled (upstream modeling code)
+        return topk_scores * self.routed_scaling_factor
+
+
+def _no_autocast(device_type: str):
+    """Routes and their weights stay in float32 under mixed precision, too."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)

@@ -1,0 +1,433 @@
+"""DeepSeek-V3 (arXiv 2412.19437): decoder layers, the model, its heads and its MTP layers.
+
+Parameter names are those of the upstream checkpoints. MTP layers stand behind the main layers in `model.layers`, at
+the indices that upstream gives them, and take no part in the main forward pass.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_deepseek_v3 import DeepseekV3Config
+from .layer_cache import adopt_growing_layers
+from .layer_dense import GatedMLP, RMSNorm
+from .layer_experts import MoE
+from .layer_linear import Linear
+from .layer_mla import LatentAttention, absorbed_is_cheaper
+from .layer_mtp import MTPMixin
+from .layer_rope import RotaryEmbedding
+from .layer_router import TopkRouter
+from .modeling_base import MoePreTrainedModel
+from .weights_experts import register_expert_converters
+
+
+class _BooleanMaskConfig:
+    """What `create_causal_mask` reads of a configuration, asking for boolean masks."""
+
+    def __init__(self, is_causal: bool):
+        self._attn_implementation = "sdpa"
+        self.is_causal = is_causal
+
+
+class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm latent attention, then a dense MLP or a mixture of experts, each with a residual connection."""
+
+    def __init__(self, config: DeepseekV3Config, layer_idx: int):
+        super().__init__()
+        self.self_attn = LatentAttention(config, layer_idx)
+        is_moe = layer_idx >= config.num_hidden_layers or config.is_moe_layer(layer_idx)
+        dense = (config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.mlp = MoE(config) if is_moe else GatedMLP(*dense)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """(batch, seq, hidden) to (batch, seq, hidden)."""
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class DeepseekV3MTPLayer(MTPMixin, DeepseekV3DecoderLayer):
+    """One MTP depth: a decoder layer with experts, and the norms, projection and head that join it to the model."""
+
+    def __init__(self, config: DeepseekV3Config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.add_mtp_modules(config)
+
+
+class DeepseekV3PreTrainedModel(MoePreTrainedModel):
+    config_class = DeepseekV3Config
+    _no_split_modules = ["DeepseekV3DecoderLayer", "DeepseekV3MTPLayer"]
+    _can_record_outputs = {
+        "hidden_states": DeepseekV3DecoderLayer,
+        "attentions": LatentAttention,
+        "router_logits": OutputRecorder(TopkRouter, index=0),
+    }
+
+    def resize_mtp_layers(self, count: int) -> None:
+        model = self.base_model
+        first = self.config.num_hidden_layers
+        del model.layers[first + count :]
+        with torch.device("meta"):
+            for layer_idx in range(len(model.layers), first + count):
+                model.layers.append(DeepseekV3MTPLayer(self.config, layer_idx).to(self.dtype))
+        self.config.num_nextn_predict_layers = count
+
+    def count_mtp_layers(self, tensor_names: set[str]) -> int:
+        # By any of the tensors that only MTP layers have, so that a lost one is noticed as missing.
+        own = ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
+        marked = [name.split(".") for name in tensor_names if name.startswith("layers.") and name.endswith(own)]
+        last = max((int(parts[1]) for parts in marked), default=-1)
+        return max(0, last + 1 - self.config.num_hidden_layers)
+
+    def is_mtp_tensor(self, stem: str) -> bool:
+        parts = stem.split(".")
+        return parts[0] == "layers" and int(parts[1]) >= self.config.num_hidden_layers
+
+    def mtp_duplicates(self) -> dict[str, str]:
+        prefix = "" if self.base_model is self else "model."
+        duplicates = {}
+        for index, layer in self.base_model.mtp_layers():
+            if layer.embed_tokens is None:
+                duplicates[f"{prefix}layers.{index}.embed_tokens.weight"] = f"{prefix}embed_tokens.weight"
+            if layer.shared_head.head is None and self.get_output_embeddings() is not None:
+                duplicates[f"{prefix}layers.{index}.shared_head.head.weight"] = "lm_head.weight"
+        return duplicates
+
+    def untie_mtp_tensor(self, duplicate: str) -> None:
+        parts = duplicate.removeprefix("model.").split(".")  # layers, index, embed_tokens | shared_head, ...
+        layer = self.base_model.layers[int(parts[1])]
+        vocab_size, hidden_size = self.config.vocab_size, self.config.hidden_size
+        with torch.device("meta"):
+            if parts[2] == "embed_tokens":
+                layer.embed_tokens = nn.Embedding(vocab_size, hidden_size, dtype=self.dtype)
+            else:
+                layer.shared_head.head = Linear(hidden_size, vocab_size, bias=False, dtype=self.dtype)
+
+
+class DeepseekV3Model(DeepseekV3PreTrainedModel):
+    """The decoder without a head. `forward` takes and returns what Transformers' decoders do."""
+
+    def __init__(self, config: DeepseekV3Config):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        main = config.num_hidden_layers
+        self.layers = nn.ModuleList(
+            [DeepseekV3DecoderLayer(config, layer_idx) for layer_idx in range(main)]
+            + [DeepseekV3MTPLayer(config, main + depth) for depth in range(config.num_nextn_predict_layers)]
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def mtp_layers(self) -> list[tuple[int, DeepseekV3MTPLayer]]:
+        """The MTP layers with their upstream layer indices."""
+        return list(enumerate(self.layers))[self.config.num_hidden_layers :]
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> MoeModelOutputWithPast:
+        """Runs the main layers.
+
+        Args:
+            input_ids: (batch, seq) token ids; or `inputs_embeds`, (batch, seq, hidden).
+            attention_mask: (batch, context) of ones and zeros, or a prepared 4D mask.
+            position_ids: (batch, seq). Positions that restart mark packed sequences, where there is no mask and cache.
+            past_key_values: a cache to continue from and to extend.
+            use_cache: whether to return a cache.
+
+        Raises:
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
+            IndexError: for token ids outside of the vocabulary.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            self._check_token_ids(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            adopt_growing_layers(past_key_values, self.config.num_hidden_layers)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
+
+        absorbed = self._choose_order(inputs_embeds, attention_mask, past_key_values)
+        mask = self._make_mask(inputs_embeds, attention_mask, past_key_values, position_ids, absorbed)
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                absorbed=absorbed,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def mtp_forward(
+        self,
+        layer: DeepseekV3MTPLayer,
+        hidden_states: torch.Tensor,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """One MTP depth over a whole sequence: states and embeddings (batch, seq, hidden) to normed states.
+
+        Position i joins the state at i with the embedding that `inputs_embeds` has there (that of a later token),
+        and attends to positions up to i.
+        """
+        hidden_states = layer.join(hidden_states, inputs_embeds)
+        if position_ids is None:
+            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+        mask = self._make_mask(hidden_states, attention_mask, None, position_ids, absorbed=False)
+        hidden_states = layer(
+            hidden_states,
+            position_embeddings=self.rotary_emb(hidden_states, position_ids),
+            attention_mask=mask,
+            position_ids=position_ids,
+            **kwargs,
+        )
+        return layer.shared_head.norm(hidden_states)
+
+    def _check_token_ids(self, input_ids: torch.LongTensor) -> None:
+        # On an accelerator the check waits for the device: there only prompts are checked, not training or decoding.
+        on_cpu = input_ids.device.type == "cpu"
+        is_prompt = input_ids.shape[-1] > 1 and not self.training
+        if torch.compiler.is_compiling() or input_ids.device.type == "meta" or input_ids.numel() == 0:
+            return
+        capturing = input_ids.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if on_cpu or (is_prompt and not capturing):
+            low, high = (bound.item() for bound in input_ids.aminmax())
+            if low < 0 or high >= self.embed_tokens.num_embeddings:
+                raise IndexError(
+                    f"`input_ids` holds token ids from {low} to {high}, but the vocabulary has "
+                    f"{self.embed_tokens.num_embeddings} entries. Is this the tokenizer of this model?"
+                )
+
+    def _choose_order(self, inputs_embeds, attention_mask, past_key_values) -> bool:
+        """Whether this call evaluates attention in the absorbed order."""
+        if self.config.mla_mode != "auto":
+            return self.config.mla_mode == "absorbed"
+        if past_key_values is None or not (attention_mask is None or isinstance(attention_mask, torch.Tensor)):
+            return False  # nothing cached to spare, or a block mask, which only the attention interface reads
+        num_queries = inputs_embeds.shape[1]
+        context, _ = past_key_values.get_mask_sizes(num_queries, 0)
+        return absorbed_is_cheaper(self.config, num_queries, context)
+
+    def _make_mask(self, inputs_embeds, attention_mask, past_key_values, position_ids, absorbed: bool):
+        """The mask in the form that the evaluation order reads."""
+        config = self.config
+        if absorbed:
+            # Absorbed attention reads boolean masks, whatever the attention implementation of the expanded order is.
+            config = _BooleanMaskConfig(getattr(config, "is_causal", True))
+        return create_causal_mask(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            # Only a single query may go without a mask: it sees all there is.
+            **({"allow_is_causal_skip": inputs_embeds.shape[1] == 1} if absorbed else {}),
+        )
+
+
+@dataclass
+class MTPCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """Transformers' output with `mtp_logits`: per depth d, (batch, seq - d - 1, vocab).
+
+    Entry d at position i was fed state i and token i + d + 1, and predicts token i + d + 2.
+    """
+
+    mtp_logits: tuple[torch.FloatTensor, ...] | None = None
+
+
+class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
+    """The decoder with a language model head and, where the checkpoint has them, MTP layers."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    model_class = DeepseekV3Model
+
+    def __init__(self, config: DeepseekV3Config):
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_mtp_logits: bool = False,
+        **kwargs,
+    ) -> MTPCausalLMOutputWithPast:
+        """Runs the model and its head.
+
+        Args beyond those of `DeepseekV3Model.forward`:
+            labels: (batch, seq); -100 is ignored. `num_items_in_batch` among the keyword arguments divides the sum of
+                the token losses, as Trainer asks with gradient accumulation.
+            logits_to_keep: compute logits for the last so many positions (0: all), or for the positions in a tensor.
+            output_mtp_logits: also return teacher-forced MTP logits (see `MTPCausalLMOutputWithPast`). Needs
+                `input_ids` or `inputs_embeds` of the whole sequence, without a cached past.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        mtp_logits = None
+        if output_mtp_logits:
+            embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            mtp_logits = self._mtp_logits(hidden_states, input_ids, embeds, attention_mask, position_ids)
+        return MTPCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            mtp_logits=mtp_logits,
+        )
+
+    def generate(self, *args, **kwargs):
+        """Generates text; arguments are those of Transformers.
+
+        Raises:
+            ValueError: for `use_mtp=True`. Transformers' own MTP speculation reads MTP weights under other names from
+                the checkpoint, and fails late on these models.
+        """
+        generation_config = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("use_mtp", getattr(generation_config, "use_mtp", None)):
+            raise ValueError("`use_mtp=True` is not supported by this model class; generate without it.")
+        return super().generate(*args, **kwargs)
+
+    def _mtp_logits(self, hidden_states, input_ids, inputs_embeds, attention_mask, position_ids):
+        """Teacher-forced logits of every MTP depth; see `MTPCausalLMOutputWithPast`."""
+        layers = self.model.mtp_layers()
+        if not layers:
+            raise ValueError("`output_mtp_logits=True` needs MTP layers, and this model has none.")
+        logits = []
+        for depth, (_, layer) in enumerate(layers):
+            length = inputs_embeds.shape[1] - depth - 1
+            if layer.embed_tokens is not None and input_ids is not None:
+                embeds = layer.embed_tokens(input_ids[:, depth + 1 :])
+            else:
+                embeds = inputs_embeds[:, depth + 1 :]
+            # States at depth d exist for one position fewer than at depth d - 1. They pass on after their norm.
+            hidden_states = self.model.mtp_forward(
+                layer,
+                hidden_states[:, :length],
+                embeds,
+                attention_mask[:, :length] if attention_mask is not None and attention_mask.dim() == 2 else None,
+                position_ids[:, :length] if position_ids is not None else None,
+            )
+            head = self.lm_head if layer.shared_head.head is None else layer.shared_head.head
+            logits.append(head(hidden_states))
+        return tuple(logits)
+
+
+class DeepseekV3ForSequenceClassification(GenericForSequenceClassification, DeepseekV3PreTrainedModel):
+    """The decoder with a linear score on each sequence's last token."""
+
+    model_class = DeepseekV3Model
+
+    def __init__(self, config: DeepseekV3Config):
+        # Not the generic constructor: it asks the Auto classes for the model, which remote code may not be part of.
+        DeepseekV3PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = self.model_class(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+class DeepseekV3ForTokenClassification(GenericForTokenClassification, DeepseekV3PreTrainedModel):
+    """The decoder with a linear score on every token."""
+
+    model_class = DeepseekV3Model
+
+    def __init__(self, config: DeepseekV3Config):
+        DeepseekV3PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = self.model_class(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        dropout = getattr(config, "hidden_dropout", 0.1) if dropout is None else dropout
+        self.dropout = nn.Dropout(dropout or 0.0)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+register_expert_converters(
+    "DeepseekV3Model",
+    "DeepseekV3ForCausalLM",
+    "DeepseekV3ForSequenceClassification",
+    "DeepseekV3ForTokenClassification",
+)
+
+__all__ = [
+    "DeepseekV3ForCausalLM",
+    "DeepseekV3ForSequenceClassification",
+    "DeepseekV3ForTokenClassification",
+    "DeepseekV3Model",
+    "DeepseekV3PreTrainedModel",
+]

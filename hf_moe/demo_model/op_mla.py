@@ -1,0 +1,61 @@
+"""The two products of absorbed attention against a latent cache, with the CPU form that reads the cache fast.
+
+PyTorch's batched bfloat16 product copies its operands on the CPU, here the whole cache, and the plain one leaves
+bandwidth unused when the rows are few. A long cache is therefore taken as a batch of `_SPLITS` pieces: measured with 16
+rows, 16,384 x 512 latents and 2 cores, 1.0 against 1.25 ms for the scores and 1.3 against 1.6 ms for the sums.
+
+Shapes: B batch, M rows (queries x heads), T context, r latent width.
+"""
+
+import torch
+
+_SPLITS = 4
+_SPLIT_MIN_CONTEXT = 2048
+_SPLIT_MAX_ROWS = 64
+
+
+def latent_scores(queries: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+    """`queries @ latent.T`: (B, M, r) and (B, T, r) to (B, M, T)."""
+    if queries.device.type != "cpu":
+        return torch.bmm(queries, latent.transpose(1, 2))
+    return _per_sequence(_scores_cpu, queries, latent)
+
+
+def latent_sums(weights: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+    """`weights @ latent`: (B, M, T) and (B, T, r) to (B, M, r)."""
+    if weights.device.type != "cpu":
+        return torch.bmm(weights, latent)
+    return _per_sequence(_sums_cpu, weights, latent)
+
+
+def _per_sequence(product, left: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+    outputs = [product(*pair) for pair in zip(left.unbind(0), latent.unbind(0))]
+    return outputs[0].unsqueeze(0) if len(outputs) == 1 else torch.stack(outputs)
+
+
+def _split(rows: torch.Tensor, latent: torch.Tensor) -> int:
+    """How many tokens of `latent` to take as a batch of pieces: a multiple of `_SPLITS`, or 0."""
+    worthwhile = latent.shape[0] >= _SPLIT_MIN_CONTEXT and rows.shape[0] <= _SPLIT_MAX_ROWS
+    if not worthwhile or not latent.is_contiguous() or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return 0
+    return latent.shape[0] // _SPLITS * _SPLITS
+
+
+def _scores_cpu(queries: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+    length = _split(queries, latent)
+    if not length:
+        return torch.mm(queries, latent.t())
+    pieces = latent[:length].view(_SPLITS, -1, latent.shape[1])  # (pieces, T / pieces, r)
+    scores = torch.bmm(queries.expand(_SPLITS, -1, -1), pieces.transpose(1, 2))  # (pieces, M, T / pieces)
+    parts = [*scores.unbind(0), torch.mm(queries, latent[length:].t())]
+    return torch.cat(parts, dim=1)
+
+
+def _sums_cpu(weights: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+    length = _split(weights, latent)
+    if not length:
+        return torch.mm(weights, latent)
+    pieces = latent[:length].view(_SPLITS, -1, latent.shape[1])
+    split_weights = weights[:, :length].unflatten(1, (_SPLITS, -1)).transpose(0, 1)  # (pieces, M, T / pieces)
+    sums = torch.bmm(split_weights, pieces).float().sum(0)
+    return (sums + torch.mm(weights[:, length:], latent[length:])).to(weights.dtype)

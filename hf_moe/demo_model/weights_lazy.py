@@ -1,0 +1,207 @@
+"""Checkpoint tensors as the loader sees them: plain ones, read and decoded when they are needed.
+
+A quantised matrix is two or three tensors in the file. `plain_tensors` shows it under the name of the weight, as an
+object with the interface of a safetensors slice, so that loading, sharding and casting go on as for a plain file.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .op_quant import dequantize_block_fp8, dequantize_packed_int4
+from .weights_safetensors import CheckpointError, TensorEntry
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of a file; indexing reads it."""
+
+    entry: TensorEntry
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.entry.dtype
+
+    def get_shape(self) -> list[int]:
+        return list(self.entry.shape)
+
+    def __getitem__(self, index) -> torch.Tensor:
+        return self.entry.read()[index]
+
+    def read_into(self, target: torch.Tensor) -> None:
+        """Fills `target`, of the same shape; directly where dtype and device allow."""
+        if target.dtype == self.entry.dtype and target.device.type == "cpu" and target.is_contiguous():
+            self.entry.read_into(target)
+        else:
+            target.copy_(self.entry.read())
+
+
+@dataclass(frozen=True)
+class Fp8Weight:
+    """A block FP8 matrix and its scales; indexing decodes the matrix to float32."""
+
+    weight: TensorEntry
+    weight_scale_inv: TensorEntry
+    block_size: tuple[int, int]
+    dtype = torch.float32
+
+    def get_shape(self) -> list[int]:
+        return list(self.weight.shape)
+
+    def __getitem__(self, index) -> torch.Tensor:
+        return dequantize_block_fp8(self.weight.read(), self.weight_scale_inv.read(), self.block_size)[index]
+
+    def read_into(self, target: torch.Tensor) -> None:
+        """Decodes into `target`, of the same shape."""
+        target.copy_(self[...])
+
+
+@dataclass(frozen=True)
+class Int4Weight:
+    """A packed INT4 matrix with its scales; indexing decodes the matrix to float32."""
+
+    weight_packed: TensorEntry
+    weight_scale: TensorEntry
+    shape: tuple[int, int]
+    group_size: int
+    dtype = torch.float32
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def __getitem__(self, index) -> torch.Tensor:
+        packed, scale = self.weight_packed.read(), self.weight_scale.read()
+        return dequantize_packed_int4(packed, scale, self.shape, self.group_size)[index]
+
+    def read_into(self, target: torch.Tensor) -> None:
+        """Decodes into `target`, of the same shape."""
+        target.copy_(self[...])
+
+
+class DeferredTensor:
+    """A lazy tensor that only notes where it shall go; the converter that stacks it reads it into its place.
+
+    Transformers' loader reads ahead of its conversions, so that tensors would pile up beside the parameter that is
+    made from them. `[...]` and `.to()` therefore give another note; real slices, as tensor parallelism takes them,
+    give tensors.
+    """
+
+    def __init__(self, source, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        self.source, self.device, self.dtype = source, device, dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.source.get_shape())
+
+    def get_shape(self) -> list[int]:
+        return self.source.get_shape()
+
+    def __getitem__(self, index):
+        return self if index is Ellipsis else self.source[index]
+
+    def to(self, device=None, dtype: torch.dtype | None = None) -> "DeferredTensor":
+        return DeferredTensor(self.source, device or self.device, dtype or self.dtype)
+
+    def new_empty(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """An uninitialised tensor where this one shall go."""
+        return torch.empty(shape, dtype=self.dtype or self.source.dtype, device=self.device)
+
+    def read_into(self, target: torch.Tensor) -> None:
+        """Reads and decodes the tensor into `target`."""
+        self.source.read_into(target)
+
+
+def read_quantization_config(quantization_config: Any) -> dict[str, Any] | None:
+    """The part of a `quantization_config` that decoding needs, or `None` for a method that is not ours to decode.
+
+    Returns `{"quant_method": "fp8", "block_size": (rows, cols)}` or `{"quant_method": "int4", "group_size": n}`.
+
+    Raises:
+        ValueError: for FP8 without blocks, and for compressed-tensors formats other than packed symmetric INT4.
+    """
+    if quantization_config is None:
+        return None
+    fields = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
+    method = fields.get("quant_method")
+    if method == "fp8":
+        block_size = fields.get("weight_block_size")
+        if not _positive_integers(block_size, 2):
+            raise ValueError(
+                f"quantization_config of method 'fp8' has weight_block_size {block_size!r}; only block FP8, such as "
+                "[128, 128], is read."
+            )
+        return {"quant_method": "fp8", "block_size": tuple(block_size)}
+    if method == "compressed-tensors":
+        groups = fields.get("config_groups") or {}
+        weights = [group.get("weights") or {} for group in groups.values()]
+        wanted = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+        packed = fields.get("format") == "pack-quantized"
+        if not packed or len(weights) != 1 or any(weights[0].get(key) != value for key, value in wanted.items()):
+            raise ValueError(
+                "quantization_config of method 'compressed-tensors' is not packed symmetric INT4 with groups "
+                f"(format {fields.get('format')!r}, weights {weights}); only that form is read."
+            )
+        group_size = weights[0].get("group_size")
+        if not _positive_integers([group_size], 1):
+            raise ValueError(f"quantization_config of INT4 weights has group_size {group_size!r}; it must be positive.")
+        return {"quant_method": "int4", "group_size": group_size}
+    return None
+
+
+def _positive_integers(values: Any, count: int) -> bool:
+    return (
+        isinstance(values, (list, tuple))
+        and len(values) == count
+        and all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in values)
+    )
+
+
+def plain_tensors(entries: dict[str, TensorEntry], quantization: dict[str, Any] | None) -> dict[str, Any]:
+    """Tensors by name as the loader sees them: quantised weights under the name of the weight, scales gone.
+
+    Raises:
+        CheckpointError: for a quantised weight without its scales, scales without a weight, scales of the wrong grid,
+            and quantised tensors in a checkpoint whose configuration does not say how they are quantised.
+    """
+    method = quantization["quant_method"] if quantization else None
+    tensors: dict[str, Any] = {}
+    used: set[str] = set()
+    for name, entry in entries.items():
+        if entry.dtype == torch.float8_e4m3fn:
+            scale = f"{name}_scale_inv"
+            _require(method == "fp8", entry, "is FP8, but config.json has no `quantization_config` of method 'fp8'")
+            _require(scale in entries, entry, f"has no scales: {scale} is missing")
+            grid = tuple(-(-size // block) for size, block in zip(entry.shape, quantization["block_size"]))
+            _require(entries[scale].shape == grid, entries[scale], f"has shape {entries[scale].shape}, not {grid}")
+            tensors[name] = Fp8Weight(entry, entries[scale], quantization["block_size"])
+            used.update((name, scale))
+        elif name.endswith(".weight_packed"):
+            stem = name.removesuffix("_packed")
+            _require(method == "int4", entry, "is packed, but config.json does not say that it is INT4")
+            for part in (f"{stem}_scale", f"{stem}_shape"):
+                _require(part in entries, entry, f"is incomplete: {part} is missing")
+            tensors[stem] = _int4_weight(entry, entries[f"{stem}_scale"], entries[f"{stem}_shape"], quantization)
+            used.update((name, f"{stem}_scale", f"{stem}_shape"))
+    for name, entry in entries.items():
+        if name not in used:
+            stray = name.endswith("weight_scale_inv")
+            _require(not stray, entry, f"belongs to no FP8 weight {name.removesuffix('_scale_inv')}")
+            tensors[name] = LazyTensor(entry)
+    return tensors
+
+
+def _int4_weight(packed: TensorEntry, scale: TensorEntry, shape: TensorEntry, quantization) -> Int4Weight:
+    group_size = quantization["group_size"]
+    sizes = tuple(int(size) for size in shape.read().flatten())
+    _require(_positive_integers(sizes, 2), shape, f"holds {sizes}, not the rows and columns of a matrix")
+    for entry, width in ((packed, 8), (scale, group_size)):
+        grid = (sizes[0], -(-sizes[1] // width))
+        _require(entry.shape == grid, entry, f"has shape {entry.shape}, but {shape.name} and the format ask for {grid}")
+    _require(packed.dtype == torch.int32, packed, f"has dtype {packed.dtype}, not int32")
+    return Int4Weight(packed, scale, sizes, group_size)
+
+
+def _require(condition: bool, entry: TensorEntry, problem: str) -> None:
+    if not condition:
+        raise CheckpointError(f"{entry.file.path}: tensor {entry.name} {problem}.")
