@@ -52,6 +52,8 @@ HELD_OUT_ONE_IN = 20
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 SKIPPED_PREFIXES = ("_sysconfigdata", "config-")  # written at build time: they hold paths of the machine that built it
 
+CARD_TEMPLATE = Path(__file__).parents[1] / "model_cards" / "demo.md"
+
 CHECKPOINT_SECONDS = 300
 EVAL_WINDOW, EVAL_STRIDE = 1024, 512
 
@@ -453,85 +455,6 @@ def save_folder(model: DeepseekV3ForCausalLM, tokenizer: PreTrainedTokenizerFast
     tokenizer.save_pretrained(folder)
 
 
-CARD = """
-# A small DeepSeek-V3 trained on Python's standard library
-
-A language model of the DeepSeek-V3 architecture with {parameters:,} parameters: latent attention, {experts} routed
-experts of which {chosen} serve a token, one shared expert, sigmoid routing with the auxiliary-loss-free bias, and one
-multi-token-prediction (MTP) layer. It is what `hf-moe demo` runs, and a real checkpoint to try code on. It completes
-Python source in the style of the standard library; it knows nothing else, and what it writes is not meant to be run.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "path/to/this/folder"
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-inputs = tokenizer("class Stack:\\n    def __init__(self", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0]))
-```
-
-## Held-out measurements
-
-| measured on {held_files} held-out files, {held_bytes:,} bytes | bits per byte |
-|---|---|
-| this model, bfloat16 weights, computed in float32 | **{bpb:.4f}** |
-| `xz -9` | {xz:.4f} |
-| `xz -9e` | {xze:.4f} |
-
-The model reads each file alone, from its first byte, in windows of {window} tokens that advance by {stride}: every
-token is scored once, with at least {stride} tokens before it where the file has so many, and the end of every file is
-paid for. `xz` compresses the same files put one after the other (Python's `lzma`, presets 9 and 9 with "extreme").
-A decompressor needs no weights, so the comparison shows what was learnt; it is no compression record. No held-out file
-is a training file, but they are one library: of their text in lines of {shared_length} characters or more, {shared:.1%}
-stands word for word in a training file too.
-
-Next token right (top-1): {accuracy:.1%}. The MTP layer, one token further ahead: {mtp_accuracy:.1%} right, and
-{mtp_agreement:.1%} equal to the main head's own choice for that position, which is the rate at which a greedy draft of
-one token would be accepted on this text.
-The MTP layer has read the same tokens as the main head by then, and goes through one layer more: in a model this small
-it can be the better of the two.
-
-The context was stretched beyond {sequence} tokens in the last steps alone, and what is measured here ends at {window}:
-expect less of the model in longer contexts.
-
-## Data
-
-The `.py` files of Python {python}'s standard library (`sysconfig.get_path("stdlib")`), UTF-8, line breaks as `\\n`,
-without {skipped} and files written at build time. A file is held out when the SHA-256 of its
-path relative to the library is divisible by {one_in}.
-
-| | files | bytes | tokens |
-|---|---|---|---|
-| training | {train_files} | {train_bytes:,} | {train_tokens:,} |
-| held out | {held_files} | {held_bytes:,} | {held_tokens:,} |
-
-Tokens count one BOS and one EOS a file. SHA-256 over the training files: `{train_digest}`; over the held-out files:
-`{held_digest}` (path, a zero byte, text, a zero byte, in order of path). Python's library is under the PSF licence;
-none of its text is in this folder.
-
-The tokenizer is a byte-level BPE of {vocab} entries trained on the training files alone. It adds no BOS by itself: a
-prompt without one is text from the middle of a file, `<|bos|>` is the start of a file.
-
-## Training
-
-| | |
-|---|---|
-| steps | {steps:,} of {batch_tokens:,} tokens, {tokens:,} tokens in all ({epochs:.2f} passes over the data) |
-| sequence length | {sequence}, and {long_sequence} in the last {long_steps} steps |
-| loss | cross-entropy + {mtp_weight} x cross-entropy of the MTP layer |
-| expert balance | after every step, bias += {bias_step} x sign(mean load - load); no auxiliary loss |
-| optimiser | AdamW, betas 0.9 / 0.95, weight decay {decay}, gradient norm at most {clip} |
-| learning rate | {rate}, {warmup} steps of warm-up, cosine to {final_rate:.0%} of it |
-| precision | float32; saved as bfloat16 |
-| seed | {seed} |
-| time | {minutes:.0f} minutes on one CPU thread, other work running beside it |
-| versions | Python {python}, torch {torch}, transformers {transformers} |
-
-`training_log.csv` holds the curve. The script is `examples/train_demo.py` of hf_moe.
-"""
-
-
 def shared_lines(files: list[SourceFile], others: list[SourceFile], length: int = 30) -> float:
     """The part of the text in lines of `length` characters or more that `others` have word for word as well."""
     known = {line for file in others for line in file.text.splitlines()}
@@ -575,7 +498,7 @@ def write_card(folder: Path, model: DeepseekV3ForCausalLM, corpus: Corpus, run: 
     """Write README.md with valid Hub metadata; every number comes from this run."""
     recipe, xz = run.recipe, xz_bits_per_byte(corpus.held_out_files)
     train_tokens = sum(map(len, corpus.train))
-    body = CARD.format(
+    body = CARD_TEMPLATE.read_text(encoding="utf-8").format(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         experts=model.config.n_routed_experts,
         chosen=model.config.num_experts_per_tok,
@@ -637,7 +560,7 @@ def write_card(folder: Path, model: DeepseekV3ForCausalLM, corpus: Corpus, run: 
         model_name="hf-moe-demo",
         eval_results=[result],
     )
-    ModelCard(f"---\n{metadata.to_yaml()}\n---\n{body}").save(folder / "README.md")
+    ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}").save(folder / "README.md")
 
 
 def refresh_code(folder: Path) -> None:
