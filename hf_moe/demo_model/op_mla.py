@@ -14,11 +14,12 @@ _SPLIT_MIN_CONTEXT = 2048
 _SPLIT_MAX_ROWS = 64
 
 
-def latent_scores(queries: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-    """`queries @ latent.T`: (B, M, r) and (B, T, r) to (B, M, T)."""
+def latent_scores(queries: torch.Tensor, latent: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
+    """`queries @ latent.T`, plus `add`: (B, M, r) and (B, T, r) to (B, M, T). May use the memory of `add`."""
     if queries.device.type != "cpu":
-        return torch.bmm(queries, latent.transpose(1, 2))
-    return _per_sequence(_scores_cpu, queries, latent)
+        keys = latent.transpose(1, 2)
+        return torch.bmm(queries, keys) if add is None else torch.baddbmm(add, queries, keys)
+    return _per_sequence(_scores_cpu, queries, latent, *([] if add is None else [add]))
 
 
 def latent_sums(weights: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
@@ -28,8 +29,8 @@ def latent_sums(weights: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
     return _per_sequence(_sums_cpu, weights, latent)
 
 
-def _per_sequence(product, left: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-    outputs = [product(*pair) for pair in zip(left.unbind(0), latent.unbind(0))]
+def _per_sequence(product, *operands: torch.Tensor) -> torch.Tensor:
+    outputs = [product(*entries) for entries in zip(*(operand.unbind(0) for operand in operands))]
     return outputs[0].unsqueeze(0) if len(outputs) == 1 else torch.stack(outputs)
 
 
@@ -41,14 +42,18 @@ def _split(rows: torch.Tensor, latent: torch.Tensor) -> int:
     return latent.shape[0] // _SPLITS * _SPLITS
 
 
-def _scores_cpu(queries: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+def _scores_cpu(queries: torch.Tensor, latent: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
     length = _split(queries, latent)
     if not length:
-        return torch.mm(queries, latent.t())
+        return torch.mm(queries, latent.t()) if add is None else torch.addmm(add, queries, latent.t())
     pieces = latent[:length].view(_SPLITS, -1, latent.shape[1])  # (pieces, T / pieces, r)
     scores = torch.bmm(queries.expand(_SPLITS, -1, -1), pieces.transpose(1, 2))  # (pieces, M, T / pieces)
-    parts = [*scores.unbind(0), torch.mm(queries, latent[length:].t())]
-    return torch.cat(parts, dim=1)
+    rest = torch.mm(queries, latent[length:].t())
+    if add is None:
+        return torch.cat([*scores.unbind(0), rest], dim=1)
+    add[:, :length].unflatten(1, (_SPLITS, -1)).transpose(0, 1).add_(scores)
+    add[:, length:].add_(rest)
+    return add
 
 
 def _sums_cpu(weights: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:

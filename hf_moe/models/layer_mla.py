@@ -92,16 +92,17 @@ def absorbed_attention(
     context = latent.shape[2]
     latent, key_rope = latent.squeeze(1), key_rope.squeeze(1)  # (B, T, r), (B, T, p)
     # Heads become rows of one matrix product per sequence: the cache is read once, not once a head.
-    scores = latent_scores(query.flatten(1, 2), latent)  # (B, S h, T)
-    scores = scores + latent_scores(query_rope.flatten(1, 2), key_rope)
-    weights = scores.view(batch, seq, heads, context).to(_wide(query.dtype)) * scaling
+    # The queries are scaled, not the scores, which are as long as the context.
+    scores = latent_scores((query_rope * scaling).flatten(1, 2), key_rope)  # (B, S h, T)
+    scores = latent_scores((query * scaling).flatten(1, 2), latent, add=scores)
+    scores = scores.view(batch, seq, heads, context)
     if attention_mask is not None:
         mask = attention_mask.transpose(1, 2)  # (B or 1, S, h or 1, T)
         if mask.dtype == torch.bool:
-            weights = weights.masked_fill(~mask, torch.finfo(weights.dtype).min)
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         else:
-            weights = weights + mask
-    weights = weights.softmax(-1).to(query.dtype)  # (B, S, h, T)
+            scores = scores + mask
+    weights = scores.softmax(-1, dtype=_wide(query.dtype)).to(query.dtype)  # (B, S, h, T)
     if dropout:
         weights = nn.functional.dropout(weights, p=dropout)
     weights = weights.transpose(1, 2)  # what is returned is what is used, so that it has a gradient
