@@ -20,14 +20,13 @@ from .layer_router import TopkRouter
 from .op_moe import BACKEND_NAME
 from .weights_experts import defer_experts, expert_index, upstream_parts
 from .weights_lazy import LazyTensor, plain_tensors, read_quantization_config
-from .weights_safetensors import INDEX_NAME, SINGLE_NAME, CheckpointError, ShapeError, check_folder, open_files
+from .weights_safetensors import CheckpointError, ShapeError, check_folder, open_files, variant_names
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Arguments that both the configuration and the weights are fetched with.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 # Arguments of the model that the configuration would take for fields of its own.
 _NOT_CONFIG = ("state_dict", "quantization_config", "dtype", "torch_dtype")
-_SHARD = re.compile(r"model(\.\w+)?-\d{5}-of-\d{5}\.safetensors")
 
 
 class MoePreTrainedModel(PreTrainedModel):
@@ -121,8 +120,8 @@ class MoePreTrainedModel(PreTrainedModel):
                 kwargs["quantization_config"] = quantization_config
         return super().from_pretrained(path, *model_args, config=config, **kwargs)
 
-    # The one private hook: the model is still empty here, and the files are known. `tests/models/test_loading.py`
-    # fails when its signature changes.
+    # The one private hook: the model is still empty here, and the files are known. `tests/test_tree.py` fails
+    # when its signature changes.
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         options = model.config.__dict__.pop("load_options", None) or {"decoding": None, "check_names": True}
@@ -158,7 +157,7 @@ class MoePreTrainedModel(PreTrainedModel):
         os.makedirs(save_directory, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=save_directory, prefix=".saving-") as staging:
             super().save_pretrained(staging, **arguments)
-            _replace_files(Path(staging), Path(save_directory))
+            _replace_files(Path(staging), Path(save_directory), kwargs.get("variant"))
 
     def _state_dict_with_duplicates(self) -> dict[str, torch.Tensor]:
         state_dict = self.state_dict()
@@ -183,14 +182,15 @@ def _split_quantization(config: PreTrainedConfig, requested: Any) -> tuple[PreTr
     config = copy.deepcopy(config)
     config.load_options = {"decoding": None}
     stored = getattr(config, "quantization_config", None)
-    requested_method = getattr(requested, "quant_method", None) or (requested or {}).get("quant_method")
-    if stored is None or str(getattr(requested_method, "value", requested_method)) == "compressed-tensors":
+    method = getattr(requested, "quant_method", None) or (requested or {}).get("quant_method")
+    method = getattr(method, "value", method)
+    if stored is None or method == "compressed-tensors":
         return config, requested
     config.load_options["decoding"] = read_quantization_config(stored)
     if config.load_options["decoding"] is None:
         return config, requested
     del config.quantization_config
-    if str(getattr(requested_method, "value", requested_method)) == "fp8":
+    if method == "fp8":
         if not getattr(requested, "dequantize", False):
             raise ValueError("Weights cannot stay FP8 in memory yet: leave `quantization_config` out to dequantise.")
         requested = None
@@ -274,13 +274,18 @@ def _extend_device_map(model: MoePreTrainedModel, device_map: dict | None) -> No
             device_map[f"{stem}.{layer}"] = device_map[last]
 
 
-def _replace_files(staging: Path, target: Path) -> None:
-    """Moves complete files into place, and removes weight files of an older checkpoint that would be read with them."""
+def _replace_files(staging: Path, target: Path, variant: str | None) -> None:
+    """Moves complete files into place, and removes weight files of an older checkpoint that would be read with them.
+
+    Files of other variants stay: they are other checkpoints of the same folder.
+    """
     new = {path.name for path in staging.iterdir()}
     for path in sorted(staging.iterdir(), key=lambda path: path.suffix == ".json"):  # index and config last
         os.replace(path, target / path.name)
+    infix = re.escape(f".{variant}") if variant else ""
+    shard = re.compile(rf"model{infix}-\d{{5}}-of-\d{{5}}\.safetensors")
     if any(name.endswith(".safetensors") for name in new):
         for path in target.iterdir():
-            stale = _SHARD.fullmatch(path.name) or path.name in (SINGLE_NAME, INDEX_NAME)
+            stale = shard.fullmatch(path.name) or path.name in variant_names(variant)
             if stale and path.name not in new:
                 path.unlink()

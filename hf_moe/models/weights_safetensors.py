@@ -164,6 +164,14 @@ def open_files(paths: list[str], weight_map: dict[str, str] | None = None) -> di
     return entries
 
 
+def variant_names(variant: str | None = None) -> tuple[str, str]:
+    """Names of the single weight file and of the index; a variant stands before the last suffix, as in Transformers."""
+    names = (SINGLE_NAME, INDEX_NAME)
+    if not variant:
+        return names
+    return tuple(f"{stem}.{variant}.{suffix}" for stem, _, suffix in (name.rpartition(".") for name in names))
+
+
 def check_folder(folder: str | os.PathLike, variant: str | None = None) -> None:
     """Checks the weight files of a local checkpoint folder: index, paths, presence, headers and lengths.
 
@@ -171,11 +179,7 @@ def check_folder(folder: str | os.PathLike, variant: str | None = None) -> None:
         CheckpointError: that names the file and what is wrong with it.
     """
     folder = Path(folder)
-    infix = f".{variant}" if variant else ""
-    index_path = folder / INDEX_NAME.replace(".index.json", f"{infix}.index.json")
-    if not index_path.is_file():
-        index_path = folder / INDEX_NAME.replace(".safetensors", f"{infix}.safetensors")
-    single = folder / SINGLE_NAME.replace(".safetensors", f"{infix}.safetensors")
+    single, index_path = (folder / name for name in variant_names(variant))
     if single.is_file():
         SafetensorsFile(single)
     elif index_path.is_file():

@@ -1,6 +1,8 @@
 """Saving: upstream names bit for bit, nothing half written, and what is written loads again."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -347,3 +349,22 @@ def test_generation_config_is_saved(tmp_path):
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(tmp_path)
     assert load(tmp_path).generation_config.max_new_tokens == 7
+
+
+@pytest.mark.parametrize("max_shard_size", ["50GB", "300KB"], ids=["one_file", "sharded"])
+def test_a_variant_lies_beside_the_default_weights(max_shard_size, tmp_path):
+    """Saving a variant removes nothing of the default checkpoint, and each is checked and loaded under its own name."""
+    golden = Path(__file__).parents[1] / "goldens" / "v3_basic"
+    model = AutoModelForCausalLM.from_pretrained(golden)
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    before = {path.name for path in tmp_path.iterdir()}
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.save_pretrained(tmp_path, variant="zero", max_shard_size=max_shard_size)
+    assert before <= {path.name for path in tmp_path.iterdir()}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight.any()
+    assert not AutoModelForCausalLM.from_pretrained(tmp_path, variant="zero").lm_head.weight.any()
+    damaged = sorted(path for path in tmp_path.glob("model.zero*.safetensors"))[-1]
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    with pytest.raises(OSError, match=re.escape(damaged.name)):
+        AutoModelForCausalLM.from_pretrained(tmp_path, variant="zero")
