@@ -4,8 +4,8 @@ import importlib
 
 from transformers import AutoConfig, models
 
-# Model type to (configuration module, configuration class, modeling module, class by Auto class). A new family is a
-# configuration file, a modeling file and a row here.
+# Model type to configuration class, whose `remote_code_map` names the model classes. A new family is a configuration
+# file, a modeling file and a row here.
 FAMILIES = {
     "deepseek_v2": "configuration_deepseek_v2.DeepseekV2Config",
     "deepseek_v3": "configuration_deepseek_v3.DeepseekV3Config",

@@ -54,7 +54,7 @@ def experts_cpu(
     order = expert_ids.argsort(stable=True)  # rows of one expert become neighbours
     counts = torch.bincount(expert_ids, minlength=num_experts)[:num_experts].tolist()
     tokens, weights = order // top_k, topk_weights.flatten().index_select(0, order).float().unsqueeze(1)  # (N,), (N, 1)
-    output = hidden_states.new_zeros(hidden_states.shape, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
+    output = _zero_sums(hidden_states)
     start = 0
     for expert, count in enumerate(counts):
         if count == 0:
@@ -72,12 +72,18 @@ def experts_cpu(
 
 def _experts_one_token(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn) -> torch.Tensor:
     """`experts_cpu` for T = 1 without gradients, where sorting and gathering would cost as much as the products."""
-    output = hidden_states.new_zeros(hidden_states.shape, dtype=torch.float32)
+    output = _zero_sums(hidden_states)
     for expert, weight in zip(topk_indices[0].tolist(), topk_weights[0].tolist()):
         if expert < gate_up_proj.shape[0]:
             gate, up = linear(hidden_states, gate_up_proj[expert]).chunk(2, dim=-1)  # (1, I) each
             output.add_(linear(act_fn(gate) * up, down_proj[expert]), alpha=weight)
     return output.to(hidden_states.dtype)
+
+
+def _zero_sums(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Where the weighted outputs are summed: float32, or float64 for a float64 model."""
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
+    return hidden_states.new_zeros(hidden_states.shape, dtype=wide)
 
 
 # Opaque to torch.compile: the loop depends on the routing. Inference only; training under compile takes another path.
@@ -102,7 +108,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype, num_rows: int, comp
     """Name of the backend for `num_rows` = T * K routed rows: `"cpu"`, `"grouped_mm"` or `"batched_mm"`.
 
     A plain function of device, dtype and row count. On accelerators the grouped kernel takes bfloat16 without a host
-    sync; other dtypes gather weights while the rows are few.
+    sync; other dtypes gather weights while the rows are few. `compiling_with_grad`: the CPU form cannot be traced for
+    training.
     """
     if device.type == "cpu" and not compiling_with_grad:
         return "cpu"
