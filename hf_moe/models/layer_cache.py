@@ -16,8 +16,8 @@ class GrowingLayer(DynamicLayer):
     """Dynamic cache layer with amortised growth; (batch, heads, seq, dim) like `DynamicLayer`.
 
     Copies the context once per 12.5 % of growth instead of once per token. After a crop the freed slots are written
-    again. An operation of the base class that makes new tensors (reordering, selecting, repeating) leaves the spare room
-    behind, and the next `update` makes new room.
+    again. An operation of the base class that makes new tensors (reordering, selecting, repeating) leaves the spare
+    room behind, and the next `update` makes new room.
     """
 
     def __init__(self, **kwargs):
