@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -21,6 +20,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_deepseek_v3 import DeepseekV3Config
+from .generation_mtp import MTPGenerationMixin
 from .layer_cache import adopt_growing_layers
 from .layer_dense import GatedMLP, RMSNorm
 from .layer_experts import MoE
@@ -75,6 +75,14 @@ class DeepseekV3MTPLayer(MTPMixin, DeepseekV3DecoderLayer):
     def __init__(self, config: DeepseekV3Config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.add_mtp_modules(config)
+
+    def forward(self, hidden_states: torch.Tensor, inputs_embeds: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """States and embeddings to normed states, all (batch, seq, hidden).
+
+        All of the depth is in here: sharding gathers parameters, and checkpointing drops activations, by this call.
+        """
+        hidden_states = super().forward(self.join(hidden_states, inputs_embeds), *args, **kwargs)
+        return self.shared_head.norm(hidden_states)
 
 
 class DeepseekV3PreTrainedModel(MoePreTrainedModel):
@@ -210,25 +218,29 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """One MTP depth over a whole sequence: states and embeddings (batch, seq, hidden) to normed states.
+        """One MTP depth: states and embeddings (batch, seq, hidden) to normed states.
 
         Position i joins the state at i with the embedding that `inputs_embeds` has there (that of a later token),
-        and attends to positions up to i.
+        and attends to positions up to i. With `past_key_values`, a cache of this layer alone, the sequence continues
+        what it holds, and `attention_mask` covers both.
         """
-        hidden_states = layer.join(hidden_states, inputs_embeds)
         if position_ids is None:
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
-        mask = self._make_mask(hidden_states, attention_mask, None, position_ids, absorbed=False)
-        hidden_states = layer(
+        absorbed = past_key_values is not None and self._choose_order(hidden_states, attention_mask, past_key_values)
+        mask = self._make_mask(hidden_states, attention_mask, past_key_values, position_ids, absorbed)
+        return layer(
             hidden_states,
+            inputs_embeds,
             position_embeddings=self.rotary_emb(hidden_states, position_ids),
             attention_mask=mask,
             position_ids=position_ids,
+            past_key_values=past_key_values,
+            absorbed=absorbed,
             **kwargs,
         )
-        return layer.shared_head.norm(hidden_states)
 
     def _check_token_ids(self, input_ids: torch.LongTensor) -> None:
         # On an accelerator the check waits for the device: there only prompts are checked, not training or decoding.
@@ -282,7 +294,7 @@ class MTPCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     mtp_logits: tuple[torch.FloatTensor, ...] | None = None
 
 
-class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
+class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, MTPGenerationMixin):
     """The decoder with a language model head and, where the checkpoint has them, MTP layers."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -349,18 +361,6 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
             mtp_logits=mtp_logits,
         )
-
-    def generate(self, *args, **kwargs):
-        """Generates text; arguments are those of Transformers.
-
-        Raises:
-            ValueError: for `use_mtp=True`. Transformers' own MTP speculation reads MTP weights under other names from
-                the checkpoint, and fails late on these models.
-        """
-        generation_config = kwargs.get("generation_config") or self.generation_config
-        if kwargs.get("use_mtp", getattr(generation_config, "use_mtp", None)):
-            raise ValueError("`use_mtp=True` is not supported by this model class; generate without it.")
-        return super().generate(*args, **kwargs)
 
     def _mtp_logits(self, hidden_states, input_ids, inputs_embeds, attention_mask, position_ids):
         """Teacher-forced logits of every MTP depth; see `MTPCausalLMOutputWithPast`."""
