@@ -127,8 +127,11 @@ class CausalLMMixin:
             logits = DeferredLogits(self.lm_head, kept) if defer else self.lm_head(kept)
         if has_targets:
             losses = self._custom_losses if custom else self._losses
-            arguments = (hidden_states, logits, mtp, labels, inputs, continues, loss_arguments)
-            main_loss, mtp_loss = losses(*arguments)
+            if isinstance(logits_to_keep, int):
+                loss_arguments["kept"] = logits_to_keep
+            if not getattr(self.config, "mtp_loss_weight", 0):  # they may be there for their logits
+                mtp = []
+            main_loss, mtp_loss = losses(hidden_states, logits, mtp, labels, inputs, loss_arguments)
             result |= self._sum_losses(main_loss, mtp_loss)
         output_class = DeferredCausalLMOutput if defer else MTPCausalLMOutputWithPast
         return output_class(
@@ -163,10 +166,8 @@ class CausalLMMixin:
                 result["loss"] = main_loss + self.config.mtp_loss_weight * (sum(mtp_loss) / len(mtp_loss))
         return result
 
-    def _losses(self, hidden_states, logits, mtp, labels, inputs, continues, loss_arguments):
+    def _losses(self, hidden_states, logits, mtp, labels, inputs, loss_arguments):
         """Losses of the main head and of every depth, from states."""
-        if not getattr(self.config, "mtp_loss_weight", 0) or continues:
-            mtp = []
         num_items = loss_arguments.get("num_items_in_batch")
         following = next_tokens(hidden_states, labels, **loss_arguments)
         joints = find_joints(hidden_states, **inputs)
@@ -183,11 +184,12 @@ class CausalLMMixin:
         mtp_loss = [total / count.clamp(min=1) for total, count in zip(sums[1:], counts[1:])]
         return sums[0] / counts[0], mtp_loss
 
-    def _custom_losses(self, hidden_states, logits, mtp, labels, inputs, continues, loss_arguments):
+    def _custom_losses(self, hidden_states, logits, mtp, labels, inputs, loss_arguments):
         """The same from logits, by the function that the user set: it is handed labels, and shifts them itself."""
         arguments = {"vocab_size": self.config.vocab_size, **loss_arguments}
+        arguments.pop("kept", None)
         main_loss = self.loss_function(logits=logits, labels=labels, **arguments)
-        if not getattr(self.config, "mtp_loss_weight", 0) or continues:
+        if not mtp:
             return main_loss, []
         following = next_tokens(hidden_states, labels, **loss_arguments)
         joints = find_joints(hidden_states, **inputs)
@@ -243,25 +245,25 @@ def next_tokens(
     labels: torch.Tensor | None,
     shift_labels: torch.Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
+    kept: int = 0,
     **kwargs,
 ) -> torch.Tensor:
     """(batch, seq): the label of the token behind each position, -100 where there is none.
 
-    `labels` may be those of the last positions alone, as `logits_to_keep` has it. The first of them then has no
+    `labels` may be those of the last `kept` positions alone, as `logits_to_keep` has it. The first of them then has no
     position before it.
 
     Raises:
-        ValueError: for labels that are longer than the sequence, or of another batch.
+        ValueError: for labels of another shape.
     """
     batch, seq = hidden_states.shape[:2]
-    if shift_labels is not None:
-        following = shift_labels
-    else:
-        following = F.pad(labels[:, 1:], (seq - labels.shape[1], 1), value=ignore_index)
-    if following.shape != (batch, seq):
-        shape = tuple((labels if shift_labels is None else shift_labels).shape)
+    given = labels if shift_labels is None else shift_labels
+    if tuple(given.shape) not in ((batch, seq), (batch, kept or seq)):
+        shape = tuple(given.shape)
         raise ValueError(f"`labels` has shape {shape}, but the input has {batch} sequences of {seq} tokens.")
-    following = following.to(hidden_states.device)
+    if shift_labels is None:
+        given = F.pad(given[:, 1:], (0, 1), value=ignore_index)
+    following = F.pad(given, (seq - given.shape[1], 0), value=ignore_index).to(hidden_states.device)
     return following if ignore_index == IGNORE_INDEX else following.masked_fill(following == ignore_index, IGNORE_INDEX)
 
 

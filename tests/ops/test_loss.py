@@ -198,7 +198,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
 @pytest.mark.parametrize(
-    "tokens, depths, hooked", [(2048, 1, False), (1024, 0, True)], ids=["main head and MTP", "head with a hook"]
+    "tokens, depths, hooked", [(1024, 1, False), (1024, 0, True)], ids=["main head and MTP", "head with a hook"]
 )
 def test_peak_memory_of_a_training_step(tokens, depths, hooked):
     """129,280 entries: a whole step stays under a quarter of the float32 logits of one head.
@@ -209,5 +209,5 @@ def test_peak_memory_of_a_training_step(tokens, depths, hooked):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    print(int(done.stdout) / (tokens * 129280 * 4))
+
     assert int(done.stdout) < tokens * 129280 * 4 / 4
