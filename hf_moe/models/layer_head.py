@@ -30,16 +30,16 @@ def head_losses(head: nn.Module, states: torch.Tensor, targets: torch.Tensor) ->
     """Losses (N,) in float32 of states (N, hidden) whose next tokens are `targets` (N,), -100 for none.
 
     A head that is not a plain linear layer, or that has hooks (an adapter, tensor parallelism, another quantisation),
-    is called as it is, for a few tokens at a time, and again in the backward pass.
+    is called as it is, for a few tokens at a time, and again in the backward pass. If it is also sharded over ranks, it
+    is called once: ranks that have more tokens must not gather more often than others.
     """
-    hooked = bool(head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
-    if isinstance(head, LMHead) and head.bias is None and (not hooked or _is_sharded(head)):
-        return head(states, targets=targets)
-    if type(head) is nn.Linear and head.bias is None and not hooked and "forward" not in vars(head):
+    if _keeps_its_forward(head) and head.bias is None:
+        if isinstance(head, LMHead):
+            return head(states, targets=targets)
         if _is_plain(head.weight):  # what resizing the vocabulary leaves behind
             return linear_cross_entropy(states, head.weight, targets)
     vocab_size = getattr(head, "out_features", None) or 1 << 17
-    step = max(1, _HEAD_ELEMENTS // vocab_size)
+    step = max(1, states.shape[0] if _is_sharded(head) else _HEAD_ELEMENTS // vocab_size)
     losses = []
     for start in range(0, max(states.shape[0], 1), step):
         piece = states[start : start + step], targets[start : start + step]
@@ -55,9 +55,22 @@ def _called_losses(head: nn.Module, states: torch.Tensor, targets: torch.Tensor)
     return cross_entropy(logits, targets.to(logits.device))
 
 
+def _keeps_its_forward(head: nn.Module) -> bool:
+    """Whether nothing but the weight stands between states and logits: no hooks, no forward that was replaced.
+
+    The hooks of FSDP2 and ZeRO-3, and the forward of Accelerate's device maps, gather or move the weight and take any
+    call.
+    """
+    is_linear = isinstance(head, LMHead) or type(head) is nn.Linear
+    hooked = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
+    replaced = "forward" in vars(head) and not hasattr(head, "_hf_hook")
+    return is_linear and not replaced and (not hooked or (isinstance(head, LMHead) and _is_sharded(head)))
+
+
 def _is_sharded(head: nn.Module) -> bool:
-    """Whether FSDP2 wraps the module itself; its hooks take any call."""
-    return any(base.__name__ == "FSDPModule" for base in type(head).__mro__)
+    """Whether FSDP2 wraps the module itself, or ZeRO-3 its parameters."""
+    wrapped = any(base.__name__ == "FSDPModule" for base in type(head).__mro__)
+    return wrapped or any(hasattr(parameter, "ds_id") for parameter in head.parameters())
 
 
 def _is_plain(weight: torch.Tensor) -> bool:

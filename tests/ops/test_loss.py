@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from hf_moe.models import layer_head, op_loss
 from hf_moe.models.layer_head import LMHead, check_targets, head_losses
-from hf_moe.models.layer_linear import Linear
 from hf_moe.models.op_loss import cross_entropy, linear_cross_entropy
 
 
@@ -139,16 +138,17 @@ class Scaled(nn.Module):
 
 
 def head_of(kind):
-    head = {"own": LMHead, "plain": nn.Linear, "bias": nn.Linear, "hook": LMHead, "foreign": Linear}[kind](
-        7, 31, bias=kind == "bias"
-    )
+    head = (nn.Linear if kind in ("plain", "bias") else LMHead)(7, 31, bias=kind == "bias")
     nn.init.normal_(head.weight)
+    if kind == "replaced":  # as tensor parallelism does
+        forward = head.forward
+        head.forward = lambda states: forward(states) - 3 * states[:, :1].tanh() * torch.arange(31)
     if kind == "hook":
         head.register_forward_hook(lambda module, args, output: output.tanh())
     return Scaled(head) if kind == "foreign" else head
 
 
-@pytest.mark.parametrize("kind", ["own", "plain", "bias", "hook", "foreign"])
+@pytest.mark.parametrize("kind", ["own", "plain", "bias", "hook", "replaced", "foreign"])
 @pytest.mark.usefixtures("small_pieces")
 def test_every_head_gives_the_losses_of_its_logits(kind):
     head = head_of(kind)
