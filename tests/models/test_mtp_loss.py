@@ -166,7 +166,7 @@ def test_evaluation_returns_the_main_loss():
     assert_close("loss", output.loss, main, "float32")
     for ours, theirs in zip(output.mtp_loss, mtp, strict=True):
         assert_close("MTP loss", ours, theirs, "float32")
-        with torch.no_grad():
+    with torch.no_grad():
         assert torch.equal(output.logits, model(ids).logits)
 
 
