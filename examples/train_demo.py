@@ -255,15 +255,6 @@ def balance_experts(model: DeepseekV3ForCausalLM, step_size: float) -> float:
     return worst
 
 
-def training_losses(model: DeepseekV3ForCausalLM, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean cross-entropy of the main head and of the MTP head at depth 1, two float32 scalars."""
-    output = model(input_ids=input_ids, labels=input_ids, output_mtp_logits=True, use_cache=False)
-    # Position i of the first MTP layer predicts token i + 2, so its last position has nothing to be compared with.
-    mtp_logits = output.mtp_logits[0][:, :-1]
-    mtp_loss = F.cross_entropy(mtp_logits.flatten(0, 1).float(), input_ids[:, 2:].flatten())
-    return output.loss, mtp_loss
-
-
 @dataclass
 class Scores:
     """Sums over scored tokens; the properties are what the model card states."""
@@ -359,6 +350,7 @@ class Run:
     def __init__(self, recipe: Recipe, work: Path, train: list[torch.Tensor], config: DeepseekV3Config):
         self.recipe, self.work = recipe, work
         set_seed(recipe.seed)
+        config.mtp_loss_weight = recipe.mtp_loss_weight
         self.model = DeepseekV3ForCausalLM(config).train()
         self.optimizer = make_optimizer(self.model, recipe)
         short, long = recipe.sequence_length, recipe.long_sequence_length
@@ -395,8 +387,9 @@ class Run:
         ids = self.short.batch(self.step) if self.step < first_long else self.long.batch(self.step - first_long)
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate_at(self.step)
-        loss, mtp_loss = training_losses(self.model, ids)
-        (loss + recipe.mtp_loss_weight * mtp_loss).backward()
+        output = self.model(input_ids=ids, labels=ids, use_cache=False)
+        output.loss.backward()  # main and MTP
+        loss, mtp_loss = output.main_loss, output.mtp_loss[0]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.gradient_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -167,7 +167,7 @@ def test_every_modeling_file_belongs_to_a_family():
     for row in register.FAMILIES.values():
         named |= {reference.split(".")[0] for reference in register.load_class(row).remote_code_map.values()}
     present = {path.stem for path in MODULES if floor(path.stem) in ("configuration", "modeling")}
-    assert present - named <= {"configuration_base", "modeling_base"}
+    assert present - named <= {"configuration_base", "modeling_base", "modeling_causal_lm"}
 
 
 def test_every_module_can_be_imported():
