@@ -23,6 +23,12 @@ def choose(name: str, value: Any, allowed: tuple) -> None:
         raise ValueError(f"`{name}={value!r}` is not supported; use one of {', '.join(map(repr, allowed))}.")
 
 
+def check_loss_weight(value: Any) -> None:
+    """Raises `ValueError` unless `mtp_loss_weight` is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ValueError(f"`mtp_loss_weight={value!r}` must be a number of at least 0; 0 switches the MTP loss off.")
+
+
 class UpstreamConfig(PreTrainedConfig):
     """Base of the family configurations: verbatim round trip of `config.json`, and checks of the RoPE dictionary.
 
@@ -37,6 +43,8 @@ class UpstreamConfig(PreTrainedConfig):
     remote_code_map = {}
     # Values that follow from other fields: written only where the file that was read spelled them out.
     derived_keys = ("head_dim", "qk_head_dim")
+    # Fields that upstream does not have, with their defaults: written only where they differ, or were in the file.
+    own_defaults = {"mla_mode": "auto", "mtp_loss_weight": 0.3}
 
     def __post_init__(self, **kwargs):
         if not self._is_our_code(kwargs.get("auto_map")):
@@ -72,8 +80,9 @@ class UpstreamConfig(PreTrainedConfig):
         output = super().to_dict()
         for key in _PRIVATE:
             output.pop(key, None)
-        if output.get("mla_mode") == "auto":
-            output.pop("mla_mode")  # ours, and the default: keep the file as upstream writes it
+        for key, default in self.own_defaults.items():
+            if key not in self._upstream_keys and output.get(key) == default:
+                output.pop(key)  # ours, and the default: keep the file as upstream writes it
         for key in self.derived_keys:
             if key in self._upstream_keys:
                 output[key] = getattr(self, key)

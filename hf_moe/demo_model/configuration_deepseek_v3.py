@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .configuration_base import MLA_MODES, UpstreamConfig, choose
+from .configuration_base import MLA_MODES, UpstreamConfig, check_loss_weight, choose
 
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 SCORING_FUNCS = ("softmax", "sigmoid")
@@ -16,16 +16,21 @@ class DeepseekV3Config(UpstreamConfig):
     Fields beyond upstream:
         mla_mode (`str`, default `"auto"`): evaluation order of latent attention. `"expanded"` builds per-head keys
             and values from the latent cache, `"absorbed"` moves the queries into latent space, `"auto"` takes the
-            cheaper of the two at each call. Written to `config.json` only when it is not `"auto"`.
+            cheaper of the two at each call.
+        mtp_loss_weight (`float`, default 0.3): weight of the mean MTP loss in the training loss (0.3 for most of
+            DeepSeek-V3's training, then 0.1). 0 switches it off. May be changed at any time.
+
+    Both are written to `config.json` only when they differ from their defaults.
 
     Raises:
-        ValueError: for an unknown `topk_method`, `scoring_func`, `mla_mode` or RoPE type, expert groups that do not
-            divide the experts, more experts per token than there are, and keys of another architecture
-            (sparse-attention `index_*` keys of V3.2, or a Kimi-K2.5 multimodal `text_config`).
+        ValueError: for an unknown `topk_method`, `scoring_func`, `mla_mode` or RoPE type, a negative `mtp_loss_weight`,
+            expert groups that do not divide the experts, more experts per token than there are, and keys of another
+            architecture (sparse-attention `index_*` keys of V3.2, or a Kimi-K2.5 multimodal `text_config`).
     """
 
     model_type = "deepseek_v3"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # Trainer's predictions are what is left: the logits.
+    keys_to_ignore_at_inference = ["past_key_values", "main_loss", "mtp_loss"]
     attribute_map = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}
     remote_code_map = {
         "AutoConfig": "configuration_deepseek_v3.DeepseekV3Config",
@@ -100,6 +105,7 @@ class DeepseekV3Config(UpstreamConfig):
     # Multi-token prediction. 0 when the key is absent, as in every file without MTP weights; the tensors of a
     # checkpoint, not this number, decide how many layers a loaded model has.
     num_nextn_predict_layers: int = 0
+    mtp_loss_weight: float = 0.3
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
@@ -109,6 +115,7 @@ class DeepseekV3Config(UpstreamConfig):
         self._reject_other_architectures(kwargs)
         self._check_routing()
         choose("mla_mode", self.mla_mode, MLA_MODES)
+        check_loss_weight(self.mtp_loss_weight)
         super().__post_init__(**kwargs)
 
     @property

@@ -4,32 +4,31 @@ Parameter names are those of the upstream checkpoints. MTP layers stand behind t
 the indices that upstream gives them, and take no part in the main forward pass.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_deepseek_v3 import DeepseekV3Config
+from .generation_mtp import MTPGenerationMixin
 from .layer_cache import adopt_growing_layers
 from .layer_dense import GatedMLP, RMSNorm
 from .layer_experts import MoE
-from .layer_linear import Linear
+from .layer_head import LMHead
 from .layer_mla import LatentAttention, absorbed_is_cheaper
 from .layer_mtp import MTPMixin
 from .layer_rope import RotaryEmbedding
 from .layer_router import TopkRouter
 from .modeling_base import MoePreTrainedModel
+from .modeling_causal_lm import CausalLMMixin, MTPCausalLMOutputWithPast, shorten
 from .weights_experts import register_expert_converters
 
 
@@ -75,6 +74,14 @@ class DeepseekV3MTPLayer(MTPMixin, DeepseekV3DecoderLayer):
     def __init__(self, config: DeepseekV3Config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.add_mtp_modules(config)
+
+    def forward(self, hidden_states: torch.Tensor, inputs_embeds: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """States and embeddings to normed states, all (batch, seq, hidden).
+
+        All of the depth is in here: sharding gathers parameters, and checkpointing drops activations, by this call.
+        """
+        hidden_states = super().forward(self.join(hidden_states, inputs_embeds), *args, **kwargs)
+        return self.shared_head.norm(hidden_states)
 
 
 class DeepseekV3PreTrainedModel(MoePreTrainedModel):
@@ -124,7 +131,7 @@ class DeepseekV3PreTrainedModel(MoePreTrainedModel):
             if parts[2] == "embed_tokens":
                 layer.embed_tokens = nn.Embedding(vocab_size, hidden_size, dtype=self.dtype)
             else:
-                layer.shared_head.head = Linear(hidden_size, vocab_size, bias=False, dtype=self.dtype)
+                layer.shared_head.head = LMHead(hidden_size, vocab_size, bias=False, dtype=self.dtype)
 
 
 class DeepseekV3Model(DeepseekV3PreTrainedModel):
@@ -210,25 +217,29 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """One MTP depth over a whole sequence: states and embeddings (batch, seq, hidden) to normed states.
+        """One MTP depth: states and embeddings (batch, seq, hidden) to normed states.
 
         Position i joins the state at i with the embedding that `inputs_embeds` has there (that of a later token),
-        and attends to positions up to i.
+        and attends to positions up to i. With `past_key_values`, a cache of this layer alone, the sequence continues
+        what it holds, and `attention_mask` covers both.
         """
-        hidden_states = layer.join(hidden_states, inputs_embeds)
         if position_ids is None:
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
-        mask = self._make_mask(hidden_states, attention_mask, None, position_ids, absorbed=False)
-        hidden_states = layer(
+        absorbed = past_key_values is not None and self._choose_order(hidden_states, attention_mask, past_key_values)
+        mask = self._make_mask(hidden_states, attention_mask, past_key_values, position_ids, absorbed)
+        return layer(
             hidden_states,
+            inputs_embeds,
             position_embeddings=self.rotary_emb(hidden_states, position_ids),
             attention_mask=mask,
             position_ids=position_ids,
+            past_key_values=past_key_values,
+            absorbed=absorbed,
             **kwargs,
         )
-        return layer.shared_head.norm(hidden_states)
 
     def _check_token_ids(self, input_ids: torch.LongTensor) -> None:
         # On an accelerator the check waits for the device: there only prompts are checked, not training or decoding.
@@ -272,17 +283,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         )
 
 
-@dataclass
-class MTPCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """Transformers' output with `mtp_logits`: per depth d, (batch, seq - d - 1, vocab).
-
-    Entry d at position i was fed state i and token i + d + 1, and predicts token i + d + 2.
-    """
-
-    mtp_logits: tuple[torch.FloatTensor, ...] | None = None
-
-
-class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
+class DeepseekV3ForCausalLM(CausalLMMixin, DeepseekV3PreTrainedModel, MTPGenerationMixin):
     """The decoder with a language model head and, where the checkpoint has them, MTP layers."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -295,7 +296,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -310,81 +311,59 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_mtp_logits: bool = False,
+        skip_logits: bool | None = None,
         **kwargs,
     ) -> MTPCausalLMOutputWithPast:
         """Runs the model and its head.
 
         Args beyond those of `DeepseekV3Model.forward`:
-            labels: (batch, seq); -100 is ignored. `num_items_in_batch` among the keyword arguments divides the sum of
-                the token losses, as Trainer asks with gradient accumulation.
+            labels: (batch, seq); -100 is ignored. `num_items_in_batch` among the keyword arguments divides the sums of
+                the token losses, main and MTP, as Trainer asks with gradient accumulation. The output has `loss`,
+                `main_loss` and, where `config.mtp_loss_weight` is not 0, `mtp_loss`; in training `loss` is
+                `main_loss + mtp_loss_weight * mean(mtp_loss)`, in evaluation `main_loss`.
             logits_to_keep: compute logits for the last so many positions (0: all), or for the positions in a tensor.
+                The loss is that of all labels, which may be given for the last positions alone.
             output_mtp_logits: also return teacher-forced MTP logits (see `MTPCausalLMOutputWithPast`). Needs
                 `input_ids` or `inputs_embeds` of the whole sequence, without a cached past.
+            skip_logits: True leaves `logits` out, False computes them at once. Left open, a training step with labels
+                computes them when they are read, from the states: the loss needs no more than a piece at a time.
+
+        Raises:
+            ValueError: for `output_mtp_logits` without MTP layers or with a past, for labels of another shape, and for
+                `skip_logits` without labels.
+            IndexError: for labels outside of the vocabulary.
         """
-        outputs = self.model(
+        return self.run_with_head(
+            labels,
+            logits_to_keep,
+            skip_logits,
+            output_mtp_logits,
+            past_key_values,
             input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        mtp_logits = None
-        if output_mtp_logits:
-            embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            mtp_logits = self._mtp_logits(hidden_states, input_ids, embeds, attention_mask, position_ids)
-        return MTPCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            mtp_logits=mtp_logits,
-        )
 
-    def generate(self, *args, **kwargs):
-        """Generates text; arguments are those of Transformers.
+    def num_mtp_depths(self) -> int:
+        return len(self.model.mtp_layers())
 
-        Raises:
-            ValueError: for `use_mtp=True`. Transformers' own MTP speculation reads MTP weights under other names from
-                the checkpoint, and fails late on these models.
-        """
-        generation_config = kwargs.get("generation_config") or self.generation_config
-        if kwargs.get("use_mtp", getattr(generation_config, "use_mtp", None)):
-            raise ValueError("`use_mtp=True` is not supported by this model class; generate without it.")
-        return super().generate(*args, **kwargs)
-
-    def _mtp_logits(self, hidden_states, input_ids, inputs_embeds, attention_mask, position_ids):
-        """Teacher-forced logits of every MTP depth; see `MTPCausalLMOutputWithPast`."""
-        layers = self.model.mtp_layers()
-        if not layers:
-            raise ValueError("`output_mtp_logits=True` needs MTP layers, and this model has none.")
-        logits = []
-        for depth, (_, layer) in enumerate(layers):
-            length = inputs_embeds.shape[1] - depth - 1
-            if layer.embed_tokens is not None and input_ids is not None:
-                embeds = layer.embed_tokens(input_ids[:, depth + 1 :])
-            else:
-                embeds = inputs_embeds[:, depth + 1 :]
+    def mtp_states(self, hidden_states, input_ids, inputs_embeds, attention_mask, position_ids, **kwargs):
+        embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        states = []
+        for depth, (_, layer) in enumerate(self.model.mtp_layers()):
             # States at depth d exist for one position fewer than at depth d - 1. They pass on after their norm.
-            hidden_states = self.model.mtp_forward(
-                layer,
-                hidden_states[:, :length],
-                embeds,
-                attention_mask[:, :length] if attention_mask is not None and attention_mask.dim() == 2 else None,
-                position_ids[:, :length] if position_ids is not None else None,
-            )
-            head = self.lm_head if layer.shared_head.head is None else layer.shared_head.head
-            logits.append(head(hidden_states))
-        return tuple(logits)
+            length = max(0, embeds.shape[1] - depth - 1)
+            hidden_states = hidden_states[:, :length]
+            if length:
+                own = layer.embed_tokens is not None and input_ids is not None
+                ahead = layer.embed_tokens(input_ids[:, depth + 1 :]) if own else embeds[:, depth + 1 :]
+                arguments = shorten(length, attention_mask, position_ids, **kwargs)
+                hidden_states = self.model.mtp_forward(layer, hidden_states, ahead, **arguments)
+            states.append((hidden_states, self.mtp_head(layer)))
+        return states
 
 
 class DeepseekV3ForSequenceClassification(GenericForSequenceClassification, DeepseekV3PreTrainedModel):

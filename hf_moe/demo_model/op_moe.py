@@ -17,6 +17,8 @@ BACKEND_NAME = "hf_moe"
 # Up to this many routed rows, gathering their weight matrices beats a loop with a host sync (dtypes without a
 # grouped kernel on the accelerator).
 _BATCHED_ROWS = 32
+# Up to this many tokens the CPU form saves calls rather than memory.
+_FEW_TOKENS = 8
 
 
 def experts_cpu(
@@ -42,8 +44,9 @@ def experts_cpu(
     num_tokens, top_k = topk_indices.shape
     num_experts = gate_up_proj.shape[0]
     inputs = (hidden_states, topk_weights, gate_up_proj, down_proj)
-    if num_tokens == 1 and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
-        return _experts_one_token(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn)
+    with_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    if num_tokens <= _FEW_TOKENS and not with_grad:
+        return _experts_few_tokens(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn)
     if torch.is_grad_enabled() and (gate_up_proj.requires_grad or down_proj.requires_grad):
         # Indexing would give every touched expert a gradient of the size of the whole stack.
         gate_up, down = gate_up_proj.unbind(0), down_proj.unbind(0)
@@ -70,14 +73,37 @@ def experts_cpu(
     return output.to(hidden_states.dtype)
 
 
-def _experts_one_token(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn) -> torch.Tensor:
-    """`experts_cpu` for T = 1 without gradients, where sorting and gathering would cost as much as the products."""
-    output = _zero_sums(hidden_states)
-    for expert, weight in zip(topk_indices[0].tolist(), topk_weights[0].tolist()):
+def _experts_few_tokens(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn) -> torch.Tensor:
+    """`experts_cpu` for few tokens without gradients, where every call into PyTorch counts: sorted by plain Python,
+    gathered and summed by one call each."""
+    top_k = topk_indices.shape[1]
+    # Place 0 to N - 1 of each routed row, by expert.
+    places: dict[int, list[int]] = {}
+    for place, expert in enumerate(topk_indices.flatten().tolist()):
         if expert < gate_up_proj.shape[0]:
-            gate, up = linear(hidden_states, gate_up_proj[expert]).chunk(2, dim=-1)  # (1, I) each
-            output.add_(linear(act_fn(gate) * up, down_proj[expert]), alpha=weight)
-    return output.to(hidden_states.dtype)
+            places.setdefault(expert, []).append(place)
+    if not places:
+        return torch.zeros_like(hidden_states)
+    order = [place for rows in places.values() for place in rows]
+    rows = hidden_states
+    if hidden_states.shape[0] > 1:
+        rows = hidden_states.index_select(0, torch.tensor([place // top_k for place in order]))
+        pieces = rows.split([len(rows) for rows in places.values()])
+    else:
+        pieces = [hidden_states] * len(places)
+    outputs = []
+    for expert, piece in zip(places, pieces):
+        gate, up = linear(piece, gate_up_proj[expert]).chunk(2, dim=-1)  # (count, I) each
+        outputs.append(linear(act_fn(gate) * up, down_proj[expert]))
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
+    outputs = torch.cat(outputs).to(wide)  # (N, H), by expert
+    # A (T, N) matrix of weights, whose zeros leave out what belongs to other tokens.
+    weights = topk_weights.flatten().tolist()
+    combine = [[0.0] * len(order) for _ in range(hidden_states.shape[0])]
+    for column, place in enumerate(order):
+        combine[place // top_k][column] = weights[place]
+    combine = torch.tensor(combine, dtype=wide)
+    return (combine @ outputs).to(hidden_states.dtype)
 
 
 def _zero_sums(hidden_states: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,663 @@
+"""Speculative decoding with a model's own MTP layers, inside `generate`, for batches whose rows advance unevenly.
+
+A step drafts k tokens with the MTP layers, checks them in one forward pass of k + 1 tokens, and keeps what the model
+agrees with, row by row. Terms, with n tokens known of a row (the newest of them not yet fed to the model):
+
+- the model's cache holds n - 1 slots. The step feeds slots n - 1 to n - 1 + k and keeps what was accepted.
+- MTP depth d (from 1) at slot i takes the state of depth d - 1 at slot i and the token at slot i + d. With D depths,
+  slots below n - D rest on known tokens at every depth and stay in the MTP caches; the D - 1 behind them use drafts,
+  and are computed again in the next step from the states that `pending` holds.
+- drafts beyond D come from the last depth, applied to its own output one slot further on.
+"""
+
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, StaticLayer
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from .generation_rows import RowCache, SingleLayerCache, check_cache, pick
+from .generation_sampling import AllowedTokens, Processing, accept_greedy, accept_sampled
+from .generation_schedule import DEFAULT_DRAFT_TOKENS, SCHEDULES, DraftSchedule, SpeculationReport
+from .layer_experts import Experts
+
+# While drafting pauses, MTP caches are brought up to date once so many slots have come together.
+_MAX_PENDING = 64
+# Steps beside the drafts themselves, in units of a plain step, where costs are assumed and not measured: a check of
+# more tokens touches more experts.
+_CHECK_SHARE = 0.25
+
+
+@dataclass
+class MTPGenerateOutput(GenerateDecoderOnlyOutput):
+    """Transformers' output with `speculation`, a `SpeculationReport`."""
+
+    speculation: SpeculationReport | None = None
+
+
+@dataclass
+class _Settings:
+    """What `generate` was asked for, beyond what Transformers hands on."""
+
+    num_assistant_tokens: int
+    schedule: str
+    confidence_threshold: float
+    streamer: Any
+    cache_is_given: bool
+
+
+class MTPGenerationMixin(GenerationMixin):
+    """`generate(use_mtp=True)` for a model with `self.model.mtp_layers()`, `self.model.mtp_forward` and `lm_head`."""
+
+    def mtp_embed(self, layer: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings (batch, seq, hidden) that an MTP layer joins to its states."""
+        table = self.get_input_embeddings() if layer.embed_tokens is None else layer.embed_tokens
+        return table(input_ids)
+
+    def mtp_head(self, layer: nn.Module) -> nn.Module:
+        """The head that turns an MTP layer's states into logits."""
+        return self.lm_head if layer.shared_head.head is None else layer.shared_head.head
+
+    def generate(self, *args, **kwargs):
+        """Generates text; arguments are those of Transformers, and with `use_mtp=True` these mean:
+
+        Args:
+            use_mtp: draft with the model's own MTP layers. The text is that of plain greedy search, or a sample of the
+                same distribution, for any batch size.
+            num_assistant_tokens: most drafts per step (default 4); may exceed the number of MTP layers.
+            num_assistant_tokens_schedule: `"adaptive"` (default: learns how many pay, down to none), `"constant"`, or
+                one of Transformers' heuristic ones. When sampling, only acceptance is learned and not time, so
+                that a seed gives the same text again.
+            assistant_confidence_threshold: stop drafting where the most likely draft of every row has less than this
+                probability (default 0: never).
+            return_dict_in_generate: the output then has `speculation`, a `SpeculationReport`.
+
+        Raises:
+            ValueError: with `use_mtp` for a model without MTP layers, beam search, an assistant model or other
+                speculation beside it, stateful logits processors, offloaded or quantised caches, attentions or hidden
+                states as outputs, and generation that is synchronised between processes.
+        """
+        bound = inspect.signature(GenerationMixin.generate).bind(self, *args, **kwargs).arguments
+        bound.pop("self")
+        arguments = {**bound, **bound.pop("kwargs", {})}
+        given = arguments.get("generation_config")
+
+        def option(name: str) -> Any:
+            if arguments.get(name) is not None:
+                return arguments[name]
+            value = getattr(given, name, None)
+            return getattr(self.generation_config, name, None) if value is None else value
+
+        if not option("use_mtp") or arguments.get("use_mtp") is False:
+            return super().generate(**arguments)
+        self._check_mtp_options(arguments, option)
+        cache = arguments.get("past_key_values")
+        settings = _Settings(
+            num_assistant_tokens=option("num_assistant_tokens") or DEFAULT_DRAFT_TOKENS,
+            schedule=option("num_assistant_tokens_schedule") or "adaptive",
+            confidence_threshold=option("assistant_confidence_threshold") or 0.0,
+            streamer=arguments.get("streamer"),
+            cache_is_given=cache is not None,
+        )
+        # Transformers does not hand these on to a decoding method that is given to it.
+        if (function := arguments.pop("prefix_allowed_tokens_fn", None)) is not None:
+            processors = arguments.get("logits_processor") or ()
+            arguments["logits_processor"] = LogitsProcessorList([*processors, AllowedTokens(function)])
+        tokenizer = arguments.pop("tokenizer", None)
+        if (strings := option("stop_strings")) is not None:
+            if tokenizer is None:
+                raise ValueError("`stop_strings` needs the tokenizer: pass `tokenizer=` to `generate`.")
+            criteria = arguments.get("stopping_criteria") or ()
+            stop = StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)
+            arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, stop])
+            arguments["generation_config"] = _without_stop_strings(given or self.generation_config)
+            arguments.pop("stop_strings", None)
+
+        def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+            decoding = MTPDecoding(
+                model, input_ids, logits_processor, stopping_criteria, generation_config, settings, model_kwargs
+            )
+            return decoding.run()
+
+        # `use_mtp` is Transformers' own speculation, which reads MTP weights from a checkpoint.
+        return super().generate(**{**arguments, "use_mtp": False, "custom_generate": decode})
+
+    def _check_mtp_options(self, arguments: dict[str, Any], option: Callable[[str], Any]) -> None:
+        if not self.model.mtp_layers():
+            raise ValueError(
+                "`use_mtp=True` needs MTP layers, and this model has none: its checkpoint came without their weights "
+                "(`num_nextn_predict_layers` is 0). Generate without `use_mtp`."
+            )
+        if (option("num_beams") or 1) > 1:
+            raise ValueError("`use_mtp=True` does not go together with beam search: leave out one of the two.")
+        rivals = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate")
+        for name in rivals:
+            if option(name) is not None:
+                raise ValueError(f"`use_mtp=True` and `{name}` are two ways to draft tokens: choose one.")
+        if option("dola_layers") is not None or option("penalty_alpha") is not None:
+            raise ValueError("`use_mtp=True` works with greedy search and sampling only.")
+        if option("use_cache") is False:
+            raise ValueError("`use_mtp=True` needs the cache: leave out `use_cache=False`.")
+        for name in ("output_attentions", "output_hidden_states"):
+            if option(name) and option("return_dict_in_generate"):
+                raise ValueError(f"`use_mtp=True` does not return what `{name}` asks for: leave it out.")
+        count, schedule = option("num_assistant_tokens"), option("num_assistant_tokens_schedule")
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise ValueError(f"`num_assistant_tokens={count!r}` must be an integer of at least 1.")
+        if schedule is not None and schedule not in SCHEDULES:
+            raise ValueError(f"`num_assistant_tokens_schedule={schedule!r}` is unknown; use one of {SCHEDULES}.")
+        if arguments.get("synced_gpus"):
+            raise ValueError("`use_mtp=True` cannot keep processes in step (`synced_gpus`): generate without it.")
+
+
+def _without_stop_strings(config: GenerationConfig) -> GenerationConfig:
+    config = GenerationConfig.from_dict(config.to_dict())
+    config.stop_strings = None
+    return config
+
+
+def draft_cost_ratio(model: nn.Module) -> float:
+    """Estimated cost of a draft and its check, in plain steps, by the parameters that a token takes part in."""
+    per_token = model.config.num_experts_per_tok
+    head = sum(parameter.numel() for parameter in model.lm_head.parameters())
+    main = [_active_parameters(layer, per_token) for layer in model.model.layers[: model.config.num_hidden_layers]]
+    drafts = [_active_parameters(layer, per_token) for _, layer in model.model.mtp_layers()]
+    routed = sum(active for _, active in main)
+    step = sum(total for total, _ in main) + head
+    draft = max(total for total, _ in drafts) + head
+    return draft / step + _CHECK_SHARE * routed / step
+
+
+def _active_parameters(layer: nn.Module, experts_per_token: int) -> tuple[float, float]:
+    """Parameters of a layer that a token takes part in: all of them, and those of routed experts."""
+    total = routed = 0.0
+    for module in layer.modules():
+        own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        if isinstance(module, Experts):
+            own *= min(1.0, experts_per_token / max(1, module.num_experts))
+            routed += own
+        total += own
+    return total, routed
+
+
+class MTPDecoding:
+    """One `generate` call; see the head of this file for the terms."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        settings: _Settings,
+        model_kwargs: dict[str, Any],
+    ):
+        self.model, self.settings, self.config = model, settings, generation_config
+        self.device = input_ids.device
+        self.layers = [layer for _, layer in model.model.mtp_layers()]
+        self.processing = Processing(logits_processor, input_ids.shape[0])
+        self.do_sample = bool(generation_config.do_sample)
+        self.report = SpeculationReport()
+        self.schedule = DraftSchedule(
+            settings.num_assistant_tokens, settings.schedule, draft_cost_ratio(model), timed=not self.do_sample
+        )
+        self.max_length = stopping_criteria.max_length
+        self.criteria = [c for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
+        ends = [c.eos_token_id.tolist() for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
+        self.eos = {token for tokens in ends for token in tokens}
+        self._set_prompt(input_ids, model_kwargs)
+
+        # Per row of the original batch: generated tokens, where it ended, and what was asked to be returned.
+        self.batch = input_ids.shape[0]
+        self.generated: list[list[int]] = [[] for _ in range(self.batch)]
+        self.ended: list[int | None] = [None] * self.batch
+        returns = generation_config.return_dict_in_generate
+        self.scores = [[] for _ in range(self.batch)] if returns and generation_config.output_scores else None
+        self.logits = [[] for _ in range(self.batch)] if returns and generation_config.output_logits else None
+        self.emitted = 0
+
+    # --- the prompt -------------------------------------------------------------------------------------------------
+
+    def _set_prompt(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
+        """Lays out slots, and takes what the model is called with out of `model_kwargs`."""
+        self.cache: Cache = model_kwargs.pop("past_key_values")
+        check_cache(self.cache)
+        past = int(self.cache.get_seq_length())
+        mask, position_ids = model_kwargs.pop("attention_mask", None), model_kwargs.pop("position_ids", None)
+        embeds = model_kwargs.pop("inputs_embeds", None)
+        for name in ("logits_to_keep", "use_cache"):
+            model_kwargs.pop(name, None)
+        self.extra = model_kwargs
+        batch, given = input_ids.shape
+        if embeds is not None:
+            prompt = embeds.shape[1]
+        else:
+            # With a past, either all tokens are given or only the new ones; the mask always covers all.
+            total = mask.shape[1] if mask is not None else getattr(self.config, "_mask_length", given)
+            prompt = given if total == given else past + given
+        self.prompt, self.past = prompt, past
+        self.first = prompt - given  # slot of the first token in `input_ids`
+        self.prompt_embeds = embeds
+        new = prompt - past
+        if new < 1:
+            raise ValueError(f"The cache holds {past} tokens and the prompt {prompt}: there is nothing new to process.")
+        if position_ids is None:
+            position_ids = torch.arange(past, prompt, device=self.device).unsqueeze(0)
+        self.prompt_positions = position_ids[:, -new:].expand(batch, -1)
+        # Positions go on from the last one: slot + shift.
+        self.shift = self.prompt_positions[:, -1:] - (prompt - 1)  # (B, 1)
+        self.mask = mask if mask is not None and mask.shape[1] == prompt and not bool(mask.all()) else None
+        room = max(1, self.max_length - given) if self.max_length else 256
+        self.tokens = input_ids.new_zeros((batch, prompt + room + self.settings.num_assistant_tokens + 1))
+        self.tokens[:, self.first : prompt] = input_ids
+        self.prompt_ids = input_ids
+        self.lengths = [prompt] * batch  # known tokens of each row
+        self.rows = list(range(batch))
+
+    def _prefill(self) -> torch.Tensor:
+        """Runs the prompt; returns the state (B, 1, hidden) of its last slot."""
+        chunk = self.config.prefill_chunk_size or self.prompt - self.past
+        hidden_mask = None if self.mask is None else self.mask[:, self.past :]
+        # Of tokens that came in a cache there are no states: MTP layers begin behind them.
+        self.mtp_offset = self.past
+        self.mtp_caches = [RowCache(SingleLayerCache(), [0] * len(self.rows), hidden_mask) for _ in self.layers]
+        self.pending, self.pending_lengths = None, [0] * len(self.rows)
+        for start in range(self.past, self.prompt, chunk):
+            end = min(start + chunk, self.prompt)
+            if self.prompt_embeds is None:
+                inputs = {"input_ids": self.tokens[:, start:end]}
+            else:
+                inputs = {"inputs_embeds": self.prompt_embeds[:, start:end]}
+            states = self._run_model(
+                attention_mask=None if self.mask is None else self.mask[:, :end],
+                position_ids=self.prompt_positions[:, start - self.past : end - self.past],
+                **inputs,
+            )
+            self._add_pending(states, [end - start] * len(self.rows))
+            if end < self.prompt:
+                self._catch_up()
+        keep = self.config.return_dict_in_generate or self.settings.cache_is_given
+        self.main = RowCache(self.cache, [self.prompt] * len(self.rows), self.mask, keep=bool(keep))
+        return states[:, -1:]
+
+    def _run_model(self, **inputs) -> torch.Tensor:
+        outputs = self.model.model(past_key_values=self.cache, use_cache=True, **inputs, **self.extra)
+        return outputs.last_hidden_state
+
+    # --- drafting ---------------------------------------------------------------------------------------------------
+
+    def _add_pending(self, states: torch.Tensor, counts: list[int]) -> None:
+        """Appends the first `counts[b]` of the new states (B, n, hidden) to those that MTP layers have yet to see."""
+        if self.pending is None:
+            self.pending, self.pending_lengths = states, counts
+            return
+        if len(set(self.pending_lengths)) == 1:
+            joined = torch.cat((self.pending[:, : self.pending_lengths[0]], states), dim=1)
+        else:
+            width = self.pending.shape[1]
+            joined = torch.cat((self.pending, states), dim=1)
+            columns = torch.arange(joined.shape[1], device=joined.device).unsqueeze(0)
+            ends = torch.tensor(self.pending_lengths, device=joined.device).unsqueeze(1)
+            columns = torch.where(columns < ends, columns, columns - ends + width).clamp(max=joined.shape[1] - 1)
+            joined = pick(joined, columns)
+        self.pending_lengths = [old + count for old, count in zip(self.pending_lengths, counts)]
+        self.pending = joined[:, : max(self.pending_lengths)]
+
+    def _window(self, known: list[int], heads: int) -> torch.Tensor | None:
+        """Runs all depths over the pending states, drafting with the first `heads` of them.
+
+        Row b has `known[b]` tokens. Returns the last depth's state (B, 1, hidden) at the last slot.
+        """
+        width = self.pending.shape[1]
+        starts = [length + self.mtp_offset for length in self.mtp_caches[0].lengths]
+        device = self.pending.device
+        columns = torch.arange(width, device=device)
+        slots = torch.tensor(starts, device=device).unsqueeze(1) + columns  # (B, W)
+        even = all(length == width for length in self.pending_lengths)
+        new: torch.Tensor | int = width
+        if not even or self.mask is not None:
+            new = columns < torch.tensor(self.pending_lengths, device=device).unsqueeze(1)
+            if self.mask is not None and starts[0] < self.prompt:
+                hidden = self.mask[self._mask_rows()].to(device).gather(1, slots.clamp(max=self.prompt - 1)) == 0
+                new = new & ~(hidden & (slots < self.prompt))
+        last = torch.tensor(self.pending_lengths, device=device).unsqueeze(1) - 1  # (B, 1)
+        positions = slots + self.shift.to(device)
+        states, drafts_at = self.pending, torch.tensor(known, device=device).unsqueeze(1)
+        final = None
+        for depth, (layer, cache) in enumerate(zip(self.layers, self.mtp_caches)):
+            states = self.model.model.mtp_forward(
+                layer,
+                states,
+                self._embed(layer, slots + depth + 1),
+                cache.mask(new, device),
+                positions,
+                past_key_values=cache.cache,
+            ).to(device)
+            final = states[:, -1:] if even else pick(states, last)
+            if depth < heads:
+                self._draft_token(layer, final, depth, drafts_at)
+        self.window_new = new
+        return final
+
+    def _mask_rows(self) -> torch.Tensor:
+        return torch.tensor(self.rows, device=self.mask.device)
+
+    def _embed(self, layer: nn.Module, slots: torch.Tensor) -> torch.Tensor:
+        """What an MTP layer takes for the tokens at these slots (B, n)."""
+        slots = slots.to(self.device).clamp(max=self.tokens.shape[1] - 1)
+        embeds = self.model.mtp_embed(layer, self.tokens.gather(1, slots))
+        if self.prompt_embeds is not None and self.mtp_caches[0].length + self.mtp_offset < self.prompt:
+            rows = torch.tensor(self.rows, device=slots.device)
+            prompt = pick(self.prompt_embeds[rows], slots.clamp(max=self.prompt - 1))
+            embeds = torch.where((slots < self.prompt).unsqueeze(-1), prompt.to(embeds), embeds)
+        return embeds
+
+    def _draft_token(self, layer: nn.Module, state: torch.Tensor, index: int, drafts_at: torch.Tensor) -> None:
+        """Drafts token `index` of the step from a state (B, 1, hidden)."""
+        logits = self.model.mtp_head(layer)(state).to(device=self.device, dtype=torch.float32)
+        lengths = [length + index for length in self.lengths]
+        scores = self.processing(logits, self.tokens, self.first, lengths, self.rows)
+        if self.do_sample:
+            probs = scores.softmax(-1)
+            token = torch.multinomial(probs[:, 0], 1)
+            self.draft_probs.append(probs)
+        else:
+            token = scores.argmax(-1)
+            probs = scores.softmax(-1) if self.settings.confidence_threshold else None
+        if self.settings.confidence_threshold:
+            self.confidence.append(probs.amax(-1))  # (B, 1)
+        self.drafts.append(token)
+        self.tokens.scatter_(1, drafts_at.to(self.device) + index, token)
+
+    def _draft(self, count: int) -> int:
+        """Drafts up to `count` tokens for every row; returns how many."""
+        self.drafts, self.draft_probs, self.confidence = [], [], []
+        depths = len(self.layers)
+        state = self._window(self.lengths, heads=count)
+        layer, cache, new = self.layers[-1], self.mtp_caches[-1], self.window_new
+        ends = torch.tensor(self.lengths, device=state.device).unsqueeze(1)
+        for index in range(depths, count):
+            if self._unsure(wait=False):
+                break
+            # One slot behind the last state, whose token is the newest draft.
+            ahead = index - depths + 1
+            slots = ends - 2 + ahead
+            if isinstance(new, int):
+                new = new + 1
+            else:
+                new = torch.cat((new, new.new_ones((len(self.rows), 1))), dim=1)
+            mask = cache.mask(new, state.device)
+            embeds = self._embed(layer, slots + depths)
+            positions = slots + self.shift.to(state.device)
+            state = self.model.model.mtp_forward(layer, state, embeds, mask, positions, past_key_values=cache.cache).to(
+                state.device
+            )
+            self._draft_token(layer, state, index, ends)
+        self._unsure(wait=True)
+        self._commit_window()
+        return len(self.drafts)
+
+    def _unsure(self, wait: bool) -> bool:
+        """Whether drafts so far fall below the confidence threshold in every row; drops those that do.
+
+        The decision rests on the distribution of a draft, never on the token drawn from it, so that sampling stays
+        exact. On an accelerator it is taken once per step, since reading it waits for the device.
+        """
+        if not self.confidence or (self.device.type != "cpu" and not wait):
+            return False
+        sure = (torch.cat(self.confidence, dim=1) >= self.settings.confidence_threshold).long().cumprod(1).sum(1)
+        count = int(sure.max())
+        if count == len(self.drafts):
+            return False
+        self.drafts, self.draft_probs = self.drafts[:count], self.draft_probs[:count]
+        self.confidence = self.confidence[:count]
+        return True
+
+    def _commit_window(self) -> None:
+        """Keeps in the MTP caches what rests on known tokens, and the states of the rest."""
+        depths = len(self.layers)
+        kept = []
+        for length, cached, pending in zip(self.lengths, self.mtp_caches[0].lengths, self.pending_lengths):
+            kept.append(min(pending, max(0, length - depths - self.mtp_offset - cached)))
+        for cache in self.mtp_caches:
+            cache.commit(kept)
+        left = [pending - count for pending, count in zip(self.pending_lengths, kept)]
+        width = max(left)
+        if width == 0:
+            self.pending = self.pending[:, :0]
+        else:
+            starts = torch.tensor(kept, device=self.pending.device).unsqueeze(1)
+            columns = starts + torch.arange(width, device=self.pending.device)
+            self.pending = pick(self.pending, columns.clamp(max=self.pending.shape[1] - 1))
+        self.pending_lengths = left
+
+    def _catch_up(self) -> None:
+        """Runs the MTP layers over pending states without drafting."""
+        self.drafts, self.draft_probs, self.confidence = [], [], []
+        self._window(self.lengths, heads=0)
+        self._commit_window()
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> torch.LongTensor | MTPGenerateOutput:
+        """Generates, and returns what plain generation would."""
+        logits = self.model.lm_head(self._prefill()).to(device=self.device, dtype=torch.float32)
+        self.drafts, self.draft_probs = [], []
+        self._take(logits, drafted=0)
+        while self.rows:
+            started = time.perf_counter()
+            self._make_room()
+            planned = self.schedule.choose(self._draft_limit())
+            drafted = self._draft(planned) if planned else 0
+            if not planned:
+                self.drafts, self.draft_probs = [], []
+                if max(self.pending_lengths) >= _MAX_PENDING:
+                    self._catch_up()
+            states = self._check(drafted)
+            logits = self.model.lm_head(states).to(device=self.device, dtype=torch.float32)
+            accepted = self._take(logits, drafted, states)
+            self.schedule.record(planned, accepted, time.perf_counter() - started)
+            self.report.record(drafted, accepted)
+        return self._finish()
+
+    def _make_room(self) -> None:
+        """Without a maximal length the buffer of tokens grows as needed."""
+        short = max(self.lengths) + self.settings.num_assistant_tokens + 2 - self.tokens.shape[1]
+        if self.max_length is None and short > 0:
+            self.tokens = nn.functional.pad(self.tokens, (0, max(short, self.tokens.shape[1])))
+
+    def _draft_limit(self) -> int:
+        """Drafts that could still be used, and that the cache has room for."""
+        limit = self.tokens.shape[1] - max(self.lengths) - 1
+        if self.max_length is not None:
+            limit = min(limit, self.max_length + self.first - min(self.lengths) - 1)
+        for layer in self.main.layers:
+            if isinstance(layer, StaticLayer):
+                limit = min(limit, layer.max_cache_len - self.main.length - 1)
+        return limit
+
+    def _check(self, drafted: int) -> torch.Tensor:
+        """Runs the model over the newest token and the drafts of every row: states (B, drafted + 1, hidden)."""
+        starts = torch.tensor(self.lengths, device=self.device).unsqueeze(1) - 1
+        slots = starts + torch.arange(drafted + 1, device=self.device)
+        return self._run_model(
+            input_ids=self.tokens.gather(1, slots),
+            attention_mask=self.main.mask(drafted + 1, self.device),
+            position_ids=slots + self.shift,
+        )
+
+    def _take(self, logits: torch.Tensor, drafted: int, states: torch.Tensor | None = None) -> list[int]:
+        """Accepts drafts by the model's logits (B, drafted + 1, V), and books the new tokens of every row.
+
+        Returns how many drafts each row accepted, before any stopping criterion.
+        """
+        # Processors see the drafts as if they had been generated.
+        scores = self.processing(logits, self.tokens, self.first, self.lengths, self.rows)
+        drafts = torch.cat(self.drafts, dim=1) if drafted else self.tokens.new_zeros((len(self.rows), 0))
+        if self.do_sample:
+            probs = torch.cat(self.draft_probs, dim=1) if drafted else scores[:, :0]
+            accepted, following = accept_sampled(scores, drafts, probs)
+        else:
+            accepted, following = accept_greedy(scores, drafts)
+        ends = torch.tensor(self.lengths, device=self.device).unsqueeze(1)
+        self.tokens.scatter_(1, ends + accepted.unsqueeze(1), following.unsqueeze(1))
+        # The one place per step that waits for the device.
+        booked = torch.cat((drafts, following.unsqueeze(1), accepted.unsqueeze(1)), dim=1).tolist()
+        counts = [row[-1] for row in booked]
+        news = [row[:count] + [row[-2]] for row, count in zip(booked, counts)]
+        kept = self._book(news, scores, logits)
+        if states is not None:
+            self.main.commit(kept)
+        self._emit()
+        self._end_rows(states, kept)
+        return counts
+
+    def _book(self, news: list[list[int]], scores: torch.Tensor, logits: torch.Tensor) -> list[int]:
+        """Appends each row's new tokens up to where it stops; returns how many."""
+        stops = self._stops_by_criteria(news, scores) if self.criteria else {}
+        kept = []
+        for index, (row, tokens) in enumerate(zip(self.rows, news)):
+            generated, count = self.generated[row], 0
+            for token in tokens:
+                if self.max_length is not None and self.lengths[index] + count - self.first >= self.max_length:
+                    break
+                generated.append(token)
+                length = self.lengths[index] + count + 1 - self.first
+                count += 1
+                full = self.max_length is not None and length >= self.max_length
+                if self.ended[row] is None and (full or token in self.eos or stops.get(index) == count):
+                    self.ended[row] = len(generated)
+                    if self.eos or full:
+                        break
+            for position in range(count):
+                if self.scores is not None:
+                    self.scores[row].append(scores[index, position].clone())
+                if self.logits is not None:
+                    self.logits[row].append(logits[index, position].clone())
+            kept.append(count)
+            self.lengths[index] += count
+        return kept
+
+    def _stops_by_criteria(self, news: list[list[int]], scores: torch.Tensor) -> dict[int, int]:
+        """After how many of its new tokens a row is stopped by a criterion other than length and EOS.
+
+        Criteria see rows of the same length together, each up to the token in question.
+        """
+        by_length: dict[int, list[tuple[int, int]]] = {}
+        for index, tokens in enumerate(news):
+            for count in range(1, len(tokens) + 1):
+                by_length.setdefault(self.lengths[index] + count, []).append((index, count))
+        stops: dict[int, int] = {}
+        for length, pairs in sorted(by_length.items()):
+            pairs = [pair for pair in pairs if pair[0] not in stops]
+            if not pairs:
+                continue
+            rows = torch.tensor([index for index, _ in pairs], device=self.device)
+            input_ids = self.tokens[rows, self.first : length]
+            history = None if self.scores is None else self._score_history(pairs, scores)
+            done = torch.zeros(len(pairs), dtype=torch.bool, device=self.device)
+            for criterion in self.criteria:
+                done = done | criterion(input_ids, history)
+            stops |= {index: count for (index, count), stop in zip(pairs, done.tolist()) if stop}
+        return stops
+
+    def _score_history(self, pairs: list[tuple[int, int]], scores: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Scores of all tokens so far, (rows, V) each, as plain generation passes them."""
+        histories = [[*self.scores[self.rows[index]], *scores[index, :count]] for index, count in pairs]
+        return tuple(torch.stack(step) for step in zip(*histories))
+
+    def _end_rows(self, states: torch.Tensor | None, kept: list[int]) -> None:
+        """Drops rows that have ended, and hands the states of the others to the MTP layers."""
+        if self.eos:
+            active = [index for index, row in enumerate(self.rows) if self.ended[row] is None]
+        else:
+            # As in plain generation: without an EOS there is no padding, and rows go on until the last one stops.
+            goal = max(self.ended) if all(end is not None for end in self.ended) else None
+            active = [
+                index
+                for index, row in enumerate(self.rows)
+                if (goal is None or len(self.generated[row]) < goal) and not self._is_full(index)
+            ]
+        if states is not None and active:
+            self._add_pending(states, kept)
+        if len(active) == len(self.rows):
+            return
+        self.rows, self.lengths = [self.rows[i] for i in active], [self.lengths[i] for i in active]
+        if not active:
+            return
+        for cache in (self.main, *self.mtp_caches):
+            cache.select(active)
+        index = torch.tensor(active, device=self.device)
+        self.tokens, self.shift = self.tokens[index], self.shift[index]
+        self.pending = self.pending[index.to(self.pending.device)]
+        self.pending_lengths = [self.pending_lengths[i] for i in active]
+        self.pending = self.pending[:, : max(self.pending_lengths)]
+
+    def _is_full(self, index: int) -> bool:
+        return self.max_length is not None and self.lengths[index] - self.first >= self.max_length
+
+    # --- output -----------------------------------------------------------------------------------------------------
+
+    def _final_length(self) -> int:
+        return max(end if end is not None else len(tokens) for end, tokens in zip(self.ended, self.generated))
+
+    def _emit(self) -> None:
+        """Streams every position that all rows have reached."""
+        streamer = self.settings.streamer
+        if streamer is None:
+            return
+        reached = min(
+            1 << 62 if self.eos and end is not None else len(tokens) for end, tokens in zip(self.ended, self.generated)
+        )
+        pad = self._pad_token()
+        for position in range(self.emitted, min(reached, self._final_length())):
+            column = [tokens[position] if position < len(tokens) else pad for tokens in self.generated]
+            streamer.put(torch.tensor(column))
+            self.emitted = position + 1
+
+    def _pad_token(self) -> int:
+        pad = getattr(self.config, "_pad_token_tensor", None)
+        return 0 if pad is None else int(pad.flatten()[0])
+
+    def _finish(self) -> torch.LongTensor | MTPGenerateOutput:
+        length, pad = self._final_length(), self._pad_token()
+        rows = [tokens[:length] + [pad] * (length - len(tokens)) for tokens in self.generated]
+        prompt = self.prompt_ids
+        sequences = torch.cat((prompt, torch.tensor(rows, dtype=prompt.dtype, device=prompt.device)), dim=1)
+        self.report.tokens = sum(min(len(tokens), length) - 1 for tokens in self.generated)
+        if self.settings.streamer is not None:
+            self.settings.streamer.end()
+        if self.main.keep:
+            self.main.restore(self.prompt + length - 1)
+        if not self.config.return_dict_in_generate:
+            return sequences
+        return MTPGenerateOutput(
+            sequences=sequences,
+            scores=_columns(self.scores, length),
+            logits=_columns(self.logits, length),
+            past_key_values=self.cache,
+            speculation=self.report,
+        )
+
+
+def _columns(rows: list[list[torch.Tensor]] | None, length: int) -> tuple[torch.Tensor, ...] | None:
+    """Per generated token (B, V); zeros where a row had ended."""
+    if rows is None:
+        return None
+    empty = torch.zeros_like(rows[0][0])
+    return tuple(torch.stack([row[i] if i < len(row) else empty for row in rows]) for i in range(length))
