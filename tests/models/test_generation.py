@@ -336,9 +336,3 @@ def test_inductor_decode_step(fresh_compiler):
     model = tiny_model(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
     results = compiled_steps(model, "inductor")
     assert_close("logits", results["compiled"], results["eager"], "float32")
-
-
-def test_mtp_speculation_is_refused_clearly():
-    model = tiny_model(num_nextn_predict_layers=1)
-    with pytest.raises(ValueError, match="use_mtp"):
-        model.generate(random_ids(1, 5), use_mtp=True, max_new_tokens=2)
