@@ -6,17 +6,36 @@ picks per call from device, dtype and token count. The readable definition is `E
 Shapes: T tokens, K choices per token, E experts, H hidden, I intermediate, N = T * K routed rows.
 """
 
+from dataclasses import dataclass
+
 import torch
-from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .op_fp8 import Fp8Format, fp8_linear
 from .op_linear import linear
 
 BACKEND_NAME = "hf_moe"
 # Up to this many routed rows, gathering their weight matrices beats a loop with a host sync (dtypes without a
 # grouped kernel on the accelerator).
 _BATCHED_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Fp8Experts:
+    """What FP8 experts have beside their stacks.
+
+    Attributes:
+        gate_up_scale: (E, 2 ceil(I / rows), ceil(H / cols)), the gate's first.
+        down_scale: (E, ceil(H / rows), ceil(I / cols)).
+        format: block size and kind of scales.
+        quantize: whether activations are quantised before each product.
+    """
+
+    gate_up_scale: torch.Tensor
+    down_scale: torch.Tensor
+    format: Fp8Format
+    quantize: bool = False
 
 
 def experts_cpu(
@@ -26,8 +45,10 @@ def experts_cpu(
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
     act_fn,
+    fp8: "Fp8Experts | None" = None,
 ) -> torch.Tensor:
-    """Routed experts on the CPU: each touched expert's weights are read once, none are copied.
+    """Routed experts on the CPU: each touched expert's weights are read once, none are copied; FP8 ones are decoded
+    piece by piece.
 
     Args:
         hidden_states: (T, H).
@@ -36,6 +57,7 @@ def experts_cpu(
         gate_up_proj: (E, 2I, H), gate rows first.
         down_proj: (E, H, I).
         act_fn: activation of the gate half.
+        fp8: scales and format of FP8 weights; they are frozen.
 
     Returns (T, H) in the dtype of `hidden_states`; the weighted sum over choices is taken in float32.
     """
@@ -43,7 +65,7 @@ def experts_cpu(
     num_experts = gate_up_proj.shape[0]
     inputs = (hidden_states, topk_weights, gate_up_proj, down_proj)
     if num_tokens == 1 and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
-        return _experts_one_token(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn)
+        return _experts_one_token(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn, fp8)
     if torch.is_grad_enabled() and (gate_up_proj.requires_grad or down_proj.requires_grad):
         # Indexing would give every touched expert a gradient of the size of the whole stack.
         gate_up, down = gate_up_proj.unbind(0), down_proj.unbind(0)
@@ -60,23 +82,33 @@ def experts_cpu(
         if count == 0:
             continue
         token = tokens[start : start + count]
-        gate, up = linear(hidden_states.index_select(0, token), gate_up[expert]).chunk(2, dim=-1)  # (count, I) each
-        rows = linear(act_fn(gate) * up, down[expert])  # (count, H)
+        rows = _expert(hidden_states.index_select(0, token), gate_up, down, expert, act_fn, fp8)  # (count, H)
         output.index_add_(0, token, (rows * weights[start : start + count]).to(output.dtype))
         start += count
     if start == 0:  # no row has its expert here: an empty product keeps the gradient path
-        gate, up = F.linear(hidden_states[:0], gate_up[0]).chunk(2, dim=-1)
-        output = output + F.linear(act_fn(gate) * up, down[0]).sum()
+        output = output + _expert(hidden_states[:0], gate_up, down, 0, act_fn, fp8).sum()
     return output.to(hidden_states.dtype)
 
 
-def _experts_one_token(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn) -> torch.Tensor:
+def _expert(rows, gate_up, down, expert: int, act_fn, fp8: "Fp8Experts | None") -> torch.Tensor:
+    """One expert on (count, H) rows: (count, H), not yet weighted."""
+    if fp8 is None:
+        gate, up = linear(rows, gate_up[expert]).chunk(2, dim=-1)  # (count, I) each
+        return linear(act_fn(gate) * up, down[expert])
+    gate_up_scale, down_scale = fp8.gate_up_scale[expert], fp8.down_scale[expert]
+    gate_up = fp8_linear(rows, gate_up[expert], gate_up_scale, fp8.format, parts=2, quantize=fp8.quantize)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return fp8_linear(act_fn(gate) * up, down[expert], down_scale, fp8.format, quantize=fp8.quantize)
+
+
+def _experts_one_token(
+    hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn, fp8: "Fp8Experts | None"
+) -> torch.Tensor:
     """`experts_cpu` for T = 1 without gradients, where sorting and gathering would cost as much as the products."""
     output = _zero_sums(hidden_states)
     for expert, weight in zip(topk_indices[0].tolist(), topk_weights[0].tolist()):
         if expert < gate_up_proj.shape[0]:
-            gate, up = linear(hidden_states, gate_up_proj[expert]).chunk(2, dim=-1)  # (1, I) each
-            output.add_(linear(act_fn(gate) * up, down_proj[expert]), alpha=weight)
+            output.add_(_expert(hidden_states, gate_up_proj, down_proj, expert, act_fn, fp8), alpha=weight)
     return output.to(hidden_states.dtype)
 
 
@@ -95,12 +127,21 @@ def _experts_cpu_op(
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
     hidden_act: str,
+    gate_up_scale: torch.Tensor | None,
+    down_scale: torch.Tensor | None,
+    block_size: list[int],
+    quantize: bool,
+    ue8m0: bool,
 ) -> torch.Tensor:
-    return experts_cpu(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, ACT2FN[hidden_act])
+    fp8 = None
+    if gate_up_scale is not None:
+        fp8 = Fp8Experts(gate_up_scale, down_scale, Fp8Format(tuple(block_size), ue8m0), quantize)
+    act_fn = ACT2FN[hidden_act]
+    return experts_cpu(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn, fp8)
 
 
 @_experts_cpu_op.register_fake
-def _(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, hidden_act):
+def _(hidden_states, *args):
     return torch.empty_like(hidden_states)
 
 
@@ -126,6 +167,8 @@ def experts_forward(
     `experts` holds `gate_up_proj` (E, 2I, H), `down_proj` (E, H, I) and `act_fn`; the other arguments and the result
     are those of `experts_cpu`. Experts of another layout (transposed, biased, ungated) go to `grouped_mm`.
     """
+    if getattr(experts, "fp8", None) is not None:
+        return _fp8_experts_forward(experts, hidden_states, topk_indices, topk_weights)
     plain = experts.has_gate and not experts.has_bias and not experts.is_transposed
     compiling = torch.compiler.is_compiling()
     with_grad = torch.is_grad_enabled() and (hidden_states.requires_grad or experts.down_proj.requires_grad)
@@ -137,18 +180,31 @@ def experts_forward(
     if backend != "cpu":
         return ALL_EXPERTS_FUNCTIONS[backend](experts, hidden_states, topk_indices, topk_weights)
     hidden_states = hidden_states.to(experts.down_proj.dtype)  # autocast leaves a float32 norm output here
+    weights = (experts.gate_up_proj, experts.down_proj)
     if compiling:
-        return _experts_cpu_op(
-            hidden_states,
-            topk_indices,
-            topk_weights,
-            experts.gate_up_proj,
-            experts.down_proj,
-            experts.config.hidden_act,
-        )
-    return experts_cpu(
-        hidden_states, topk_indices, topk_weights, experts.gate_up_proj, experts.down_proj, experts.act_fn
-    )
+        hidden_act = experts.config.hidden_act
+        no_fp8 = (None, None, [], False, False)
+        return _experts_cpu_op(hidden_states, topk_indices, topk_weights, *weights, hidden_act, *no_fp8)
+    return experts_cpu(hidden_states, topk_indices, topk_weights, *weights, experts.act_fn)
+
+
+def _fp8_experts_forward(experts, hidden_states, topk_indices, topk_weights) -> torch.Tensor:
+    weights = (experts.gate_up_proj, experts.down_proj)
+    scales = (experts.gate_up_proj_scale_inv, experts.down_proj_scale_inv)
+    quantize = experts.quantizes(hidden_states)
+    if not torch.compiler.is_compiling():
+        fp8 = Fp8Experts(*scales, experts.fp8, quantize)
+        return experts_cpu(hidden_states, topk_indices, topk_weights, *weights, experts.act_fn, fp8)
+    if torch.is_grad_enabled() and hidden_states.requires_grad:
+        fp8 = Fp8Experts(*scales, experts.fp8, quantize)
+        return _experts_uncompiled(hidden_states, topk_indices, topk_weights, *weights, experts.act_fn, fp8)
+    form = (list(experts.fp8.block_size), quantize, experts.fp8.ue8m0)
+    hidden_act = experts.config.hidden_act
+    return _experts_cpu_op(hidden_states, topk_indices, topk_weights, *weights, hidden_act, *scales, *form)
+
+
+# Training under torch.compile: the graph breaks here, since the loop depends on the routing.
+_experts_uncompiled = torch.compiler.disable(experts_cpu)
 
 
 ALL_EXPERTS_FUNCTIONS.register(BACKEND_NAME, experts_forward)
