@@ -35,17 +35,27 @@ def constant(value):
     return tl.constexpr(value) if HAS_TRITON else value
 
 
-# The interpreter multiplies bfloat16 operands as the integers that hold them.
-DOT_IN_FLOAT32 = constant(INTERPRETING)
+# The interpreter multiplies bfloat16 operands as the integers that hold them, and rounds to bfloat16 towards zero.
+INTERPRETED = constant(INTERPRETING)
 
 
 @jit
 def dot(a, b, acc):
     """`acc + a @ b` in float32, without TF32, on tensors of one dtype; the interpreter converts them first."""
-    if DOT_IN_FLOAT32:
+    if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@jit
+def narrow(value, dtype: tl.constexpr):
+    """float32 to `dtype`, rounded to nearest even; the interpreter alone would cut bfloat16 off."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        value = tl.where(value == value, rounded, value)
+    return value.to(dtype)
 
 
 @jit

@@ -1,0 +1,423 @@
+"""Triton kernels of the experts' forward products, and the tiles they are launched with.
+
+Two grouped products over the sorted rows of `kernel_routing.Layout`:
+
+* `gate_up_kernel` gathers the tokens of its rows while it loads them, multiplies them with the gate and the up matrix of
+  their expert, and applies SwiGLU before it stores.
+* `down_kernel` multiplies with the down matrix and the routing weight, and stores each row in the place of its slot,
+  so that the K rows of a token are neighbours.
+
+`combine_kernel` then adds the K rows of each token in their order. No two programs write to one place and nothing is
+added atomically: the same inputs give the same bits. The rows in between cost T * K * H elements written and read,
+against 3 * I * H read per touched expert.
+
+One kernel serves both ends of the range. While tokens are few, a product costs the reading of the weights: tiles of 16
+rows, one program per tile, so many bytes in flight. With many tokens it costs the arithmetic: tiles of up to 128 rows,
+as many programs as the device has multiprocessors, each walking over tiles in an order that keeps the operands of
+neighbours in the cache.
+
+Weights may be float8_e4m3fn with one scale per 128 x 128 block (W8A16): they are widened in registers, and the scale is
+applied to the float32 sum over each block of 128 columns. Gate and up are two operands, each with blocks from its own
+first row on: scales are (E, 2 * ceil(I / 128), ceil(H / 128)) and (E, ceil(H / 128), ceil(I / 128)).
+
+Shapes: T tokens, K choices per token, E experts, H hidden, I intermediate, N = T * K slots, R rank of LoRA factors.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .kernel_routing import Layout
+from .triton_compat import (
+    INTERPRETING,
+    cdiv,
+    compute_capability,
+    constant,
+    converts_fp8,
+    dot,
+    e4m3_to_float,
+    jit,
+    narrow,
+    next_power_of_2,
+    num_processors,
+    tl,
+)
+
+# How a kernel reads a weight.
+PLAIN, FP8, FP8_BITS = 0, 1, 2
+_FP8 = constant(FP8)
+_FP8_BITS = constant(FP8_BITS)
+SCALE_BLOCK = 128
+_SCALE_BLOCK = constant(SCALE_BLOCK)
+
+
+class Tile(NamedTuple):
+    """What one program computes at a time: rows x columns (of the result) in steps of the inner dimension."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+def tile_rows(num_slots: int, num_experts: int, dtype: torch.dtype) -> int:
+    """Rows of a tile, from the mean number of rows per expert."""
+    mean = num_slots / num_experts
+    if mean <= 16:
+        return 16
+    return 64 if mean <= 64 or dtype == torch.float32 else 128
+
+
+def forward_tile(block_m: int, element_size: int, weight: int, capability: tuple[int, int], dual: bool) -> Tile:
+    """The shipped tile for `block_m` rows. `dual`: the gate-up product, whose columns count twice.
+
+    Shared memory holds `stages` - 1 or `stages` steps of the operands: 163 KiB on compute capability 8.0, 99 KiB on
+    8.6 and 8.9, 227 KiB on 9.0 and 10.0.
+    """
+    halves = 2 if dual else 1
+    small_memory = capability[0] == 8 and capability[1] != 0 or capability[0] == 12
+    if element_size == 4:
+        return Tile(block_m, 64 // halves, 32, 4, 2 if small_memory else 3)
+    if block_m == 16:
+        # A step reads 64 weight rows of 256 bytes (128 in FP8): two programs per multiprocessor keep ~100 KiB coming.
+        return Tile(16, 64 // halves, 128, 4, 3 if small_memory else 4)
+    if weight != PLAIN:
+        return Tile(block_m, 128 // halves, 64, 4 if block_m == 64 else 8, 3)
+    if block_m == 64:
+        return Tile(64, 128 // halves, 64, 4, 3)
+    if capability[0] == 8:
+        return Tile(128, 128 // halves, 64 if not small_memory else 32, 8, 3)
+    return Tile(128, 256 // halves, 64, 8, 4)
+
+
+@jit
+def load_scale(ptr, UE8M0: tl.constexpr):
+    """A scale as float32; `UE8M0` are exponents in bytes."""
+    value = tl.load(ptr)
+    if UE8M0:
+        bits = value.to(tl.uint32)
+        value = tl.where(bits == 0, 0x00400000, bits << 23).to(tl.float32, bitcast=True)  # 2**(bits - 127)
+    return value
+
+
+@jit
+def widen(weight, dtype: tl.constexpr, WEIGHT: tl.constexpr):
+    """A tile of weights in the dtype of the activations. FP8 values are exact in it."""
+    if WEIGHT == _FP8_BITS:
+        return e4m3_to_float(weight, dtype)
+    if WEIGHT == _FP8:
+        return weight.to(dtype)
+    return weight
+
+
+@jit
+def tile_of(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(m, n) of a linear tile index: columns of `GROUP_M` row tiles after one another."""
+    group = index // (GROUP_M * tiles_n)
+    first = group * GROUP_M
+    size = tl.minimum(tiles_m - first, GROUP_M)
+    within = index - group * GROUP_M * tiles_n
+    return first + within % size, within // size
+
+
+@jit
+def tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M: tl.constexpr):
+    """Expert (int64), sorted rows, slots and validity of the rows of row tile `m`. Rows past the expert's last repeat
+    it, so that loads need no mask."""
+    expert = tl.load(tiles_ptr + m).to(tl.int64)
+    last = tl.load(offsets_ptr + expert + 1) - 1
+    rows = tl.load(tiles_ptr + max_tiles + m) + tl.arange(0, BLOCK_M)
+    valid = rows <= last
+    rows = tl.minimum(rows, last).to(tl.int64)
+    slots = tl.load(order_ptr + rows).to(tl.int64)
+    return expert, rows, slots, valid
+
+
+@jit
+def load_k(ptrs, k, limit: tl.constexpr, EVEN_K: tl.constexpr, axis: tl.constexpr):
+    """A tile of an operand at inner offset `k`; zeros past `limit`."""
+    if EVEN_K:
+        return tl.load(ptrs)
+    return tl.load(ptrs, mask=tl.expand_dims(k < limit, axis), other=0)
+
+
+@jit
+def lora_sum(acc, low_ptr, factor_ptr, rows, columns, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """`acc` + low-rank rows (N, R) times the factor rows (columns, R)."""
+    r = tl.arange(0, BLOCK_R)
+    low = tl.load(low_ptr + rows[:, None] * R + r[None, :], mask=r[None, :] < R, other=0.0)
+    factor = tl.load(factor_ptr + columns[None, :] * R + r[:, None], mask=r[:, None] < R, other=0.0)
+    return dot(low, factor.to(low.dtype), acc)
+
+
+@jit
+def gate_up_kernel(
+    x_ptr,  # (T, H)
+    weight_ptr,  # (E, 2I, H)
+    scale_ptr,  # (E, 2 * ceil(I / 128), ceil(H / 128)), or unused
+    low_ptr,  # (N, R) sorted rows times LoRA's A, or unused
+    lora_ptr,  # (E, 2I, R) LoRA's B, or unused
+    out_ptr,  # (N, I) sorted rows of silu(gate) * up
+    pre_ptr,  # (N, 2I) sorted rows of gate and up, or unused
+    order_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    max_tiles,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    R: tl.constexpr,  # 0 without LoRA
+    WEIGHT: tl.constexpr,
+    UE8M0: tl.constexpr,
+    SAVE_PRE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # columns of gate, and as many of up
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    EVEN_K: tl.constexpr = H % BLOCK_K == 0
+    tiles_m = tl.load(num_tiles_ptr)
+    tiles_n: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        m, n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        expert, rows, slots, valid = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
+        columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = tl.minimum(columns, I - 1)  # the last tile repeats the last column
+        k = tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + (slots // K)[:, None] * H + k[None, :]  # (BLOCK_M, BLOCK_K)
+        gate_ptrs = weight_ptr + expert * (2 * I * H) + inside[None, :] * H + k[:, None]  # (BLOCK_K, BLOCK_N)
+        up_ptrs = gate_ptrs + I * H
+        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, H, BLOCK_K):
+            x = load_k(x_ptrs, start + k, H, EVEN_K, 0)
+            gate_weight = load_k(gate_ptrs, start + k, H, EVEN_K, 1)
+            up_weight = load_k(up_ptrs, start + k, H, EVEN_K, 1)
+            if WEIGHT:
+                grid_k: tl.constexpr = (H + _SCALE_BLOCK - 1) // _SCALE_BLOCK
+                grid_n: tl.constexpr = (I + _SCALE_BLOCK - 1) // _SCALE_BLOCK
+                block = expert * (2 * grid_n * grid_k) + n * BLOCK_N // _SCALE_BLOCK * grid_k + start // _SCALE_BLOCK
+                zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                gate += dot(x, widen(gate_weight, x.dtype, WEIGHT), zeros) * load_scale(scale_ptr + block, UE8M0)
+                block += grid_n * grid_k
+                up += dot(x, widen(up_weight, x.dtype, WEIGHT), zeros) * load_scale(scale_ptr + block, UE8M0)
+            else:
+                gate = dot(x, gate_weight, gate)
+                up = dot(x, up_weight, up)
+            x_ptrs += BLOCK_K
+            gate_ptrs += BLOCK_K
+            up_ptrs += BLOCK_K
+        if R:
+            factor_ptr = lora_ptr + expert * (2 * I * R)
+            gate = lora_sum(gate, low_ptr, factor_ptr, rows, inside, R, BLOCK_R)
+            up = lora_sum(up, low_ptr, factor_ptr + I * R, rows, inside, R, BLOCK_R)
+        mask = valid[:, None] & (columns[None, :] < I)
+        if SAVE_PRE:
+            pre_ptrs = pre_ptr + rows[:, None] * (2 * I) + columns[None, :]
+            tl.store(pre_ptrs, narrow(gate, pre_ptr.dtype.element_ty), mask=mask)
+            tl.store(pre_ptrs + I, narrow(up, pre_ptr.dtype.element_ty), mask=mask)
+        out = gate / (1 + tl.exp(-gate)) * up
+        tl.store(out_ptr + rows[:, None] * I + columns[None, :], narrow(out, out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def down_kernel(
+    x_ptr,  # (N, IN) sorted rows
+    weight_ptr,  # (E, OUT, IN)
+    scale_ptr,  # (E, ceil(OUT / 128), ceil(IN / 128)), or unused
+    low_ptr,  # (N, R) sorted rows times LoRA's A, or unused
+    lora_ptr,  # (E, OUT, R) LoRA's B, or unused
+    factors_ptr,  # (N,) routing weight of each slot
+    out_ptr,  # (N, OUT) rows in the order of the slots
+    order_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    max_tiles,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    R: tl.constexpr,  # 0 without LoRA
+    WEIGHT: tl.constexpr,
+    UE8M0: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    EVEN_K: tl.constexpr = IN % BLOCK_K == 0
+    tiles_m = tl.load(num_tiles_ptr)
+    tiles_n: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        m, n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        expert, rows, slots, valid = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
+        columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = tl.minimum(columns, OUT - 1)
+        k = tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + rows[:, None] * IN + k[None, :]  # (BLOCK_M, BLOCK_K)
+        weight_ptrs = weight_ptr + expert * (OUT * IN) + inside[None, :] * IN + k[:, None]  # (BLOCK_K, BLOCK_N)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, IN, BLOCK_K):
+            x = load_k(x_ptrs, start + k, IN, EVEN_K, 0)
+            weight = load_k(weight_ptrs, start + k, IN, EVEN_K, 1)
+            if WEIGHT:
+                grid_k: tl.constexpr = (IN + _SCALE_BLOCK - 1) // _SCALE_BLOCK
+                grid_n: tl.constexpr = (OUT + _SCALE_BLOCK - 1) // _SCALE_BLOCK
+                block = expert * (grid_n * grid_k) + n * BLOCK_N // _SCALE_BLOCK * grid_k + start // _SCALE_BLOCK
+                zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                acc += dot(x, widen(weight, x.dtype, WEIGHT), zeros) * load_scale(scale_ptr + block, UE8M0)
+            else:
+                acc = dot(x, weight, acc)
+            x_ptrs += BLOCK_K
+            weight_ptrs += BLOCK_K
+        if R:
+            acc = lora_sum(acc, low_ptr, lora_ptr + expert * (OUT * R), rows, inside, R, BLOCK_R)
+        acc *= tl.load(factors_ptr + slots).to(tl.float32)[:, None]
+        mask = valid[:, None] & (columns[None, :] < OUT)
+        tl.store(out_ptr + slots[:, None] * OUT + columns[None, :], narrow(acc, out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def combine_kernel(
+    rows_ptr,  # (T * K, H)
+    ids_ptr,  # (T, K)
+    out_ptr,  # (T, H)
+    E: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    acc = tl.zeros((BLOCK_H,), tl.float32)
+    for choice in tl.static_range(K):
+        slot = token * K + choice
+        expert = tl.load(ids_ptr + slot)
+        limit = tl.where((expert >= 0) & (expert < E), H, 0)  # rows of other slots were never written
+        acc += tl.load(rows_ptr + slot * H + h, mask=h < limit, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * H + h, narrow(acc, out_ptr.dtype.element_ty), mask=h < H)
+
+
+def weight_kind(weight: torch.Tensor) -> int:
+    """How kernels read `weight` on its device."""
+    if weight.dtype != torch.float8_e4m3fn:
+        return PLAIN
+    return FP8 if converts_fp8(weight.device) and not INTERPRETING else FP8_BITS
+
+
+def as_bytes(tensor: torch.Tensor | None, kind: int = FP8_BITS) -> torch.Tensor | None:
+    """FP8 weights and UE8M0 scales as the type that kernels are given."""
+    if tensor is None:
+        return None
+    bits = tensor.dtype == torch.float8_e8m0fnu or (kind == FP8_BITS and tensor.dtype == torch.float8_e4m3fn)
+    return tensor.view(torch.uint8) if bits else tensor
+
+
+def launch_options(tile: Tile, layout: Layout, columns: int, device: torch.device) -> tuple[tuple[int], dict]:
+    """Grid and keyword arguments of a product with `columns` result columns: one program per tile while tiles are
+    small, a persistent launch otherwise."""
+    tiles = layout.max_tiles * cdiv(columns, tile.block_n)
+    persistent = tile.block_m > 16
+    grid = min(tiles, num_processors(device) * (1 if tile.warps == 8 else 2)) if persistent else tiles
+    options = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    options.update(GROUP_M=8 if persistent else 1 << 20, num_warps=tile.warps, num_stages=tile.stages)
+    return (grid,), options
+
+
+def lora_options(factor: torch.Tensor | None) -> dict:
+    """Rank and its padded size: a product has an inner dimension of 16 at least."""
+    rank = 0 if factor is None else factor.shape[-1]
+    return {"R": rank, "BLOCK_R": max(16, next_power_of_2(rank))}
+
+
+def gate_up(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    layout: Layout,
+    top_k: int,
+    save_pre: bool = False,
+    low: torch.Tensor | None = None,
+    lora_b: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Sorted rows (N, I) of silu(gate) * up, and (N, 2I) of gate and up if `save_pre`."""
+    hidden, inter, device = hidden_states.shape[1], weight.shape[1] // 2, hidden_states.device
+    slots = hidden_states.shape[0] * top_k
+    kind = weight_kind(weight)
+    tile = forward_tile(layout.block_m, hidden_states.element_size(), kind, compute_capability(device), dual=True)
+    out = hidden_states.new_empty(slots, inter)
+    pre = hidden_states.new_empty(slots, 2 * inter) if save_pre else None
+    grid, options = launch_options(tile, layout, inter, device)
+    gate_up_kernel[grid](
+        hidden_states,
+        as_bytes(weight, kind),
+        as_bytes(scale),
+        low,
+        lora_b,
+        out,
+        pre,
+        *layout[:4],
+        layout.max_tiles,
+        K=top_k,
+        H=hidden,
+        I=inter,
+        WEIGHT=kind,
+        UE8M0=scale is not None and scale.dtype == torch.float8_e8m0fnu,
+        SAVE_PRE=save_pre,
+        **lora_options(lora_b),
+        **options,
+    )
+    return out, pre
+
+
+def down(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    layout: Layout,
+    factors: torch.Tensor,
+    out_dtype: torch.dtype,
+    low: torch.Tensor | None = None,
+    lora_b: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rows (N, OUT) in the order of the slots, times their routing weights; rows of no expert are not written."""
+    out_features, device = weight.shape[1], rows.device
+    kind = weight_kind(weight)
+    tile = forward_tile(layout.block_m, rows.element_size(), kind, compute_capability(device), dual=False)
+    out = torch.empty(rows.shape[0], out_features, dtype=out_dtype, device=device)
+    grid, options = launch_options(tile, layout, out_features, device)
+    down_kernel[grid](
+        rows,
+        as_bytes(weight, kind),
+        as_bytes(scale),
+        low,
+        lora_b,
+        factors,
+        out,
+        *layout[:4],
+        layout.max_tiles,
+        IN=rows.shape[1],
+        OUT=out_features,
+        WEIGHT=kind,
+        UE8M0=scale is not None and scale.dtype == torch.float8_e8m0fnu,
+        **lora_options(lora_b),
+        **options,
+    )
+    return out
+
+
+def combine(rows: torch.Tensor, topk_indices: torch.Tensor, num_experts: int, dtype: torch.dtype) -> torch.Tensor:
+    """Sum (T, H) over the K rows of each token, in float32, without those of no expert."""
+    tokens, top_k = topk_indices.shape
+    hidden = rows.shape[1]
+    out = torch.empty(tokens, hidden, dtype=dtype, device=rows.device)
+    block = min(1024, next_power_of_2(hidden))
+    combine_kernel[(tokens, cdiv(hidden, block))](
+        rows, topk_indices, out, E=num_experts, K=top_k, H=hidden, BLOCK_H=block, num_warps=4
+    )
+    return out
