@@ -54,13 +54,14 @@ _SCALE_BLOCK = constant(SCALE_BLOCK)
 
 
 class Tile(NamedTuple):
-    """What one program computes at a time: rows x columns (of the result) in steps of the inner dimension."""
+    """What one program computes at a time: rows x columns of the product in steps of the inner dimension."""
 
     block_m: int
     block_n: int
     block_k: int
     warps: int
     stages: int
+    per_processor: int  # programs of a persistent launch on each multiprocessor; 0: one program per tile
 
 
 def tile_rows(num_slots: int, num_experts: int, dtype: torch.dtype) -> int:
@@ -71,26 +72,28 @@ def tile_rows(num_slots: int, num_experts: int, dtype: torch.dtype) -> int:
     return 64 if mean <= 64 or dtype == torch.float32 else 128
 
 
-def forward_tile(block_m: int, element_size: int, weight: int, capability: tuple[int, int], dual: bool) -> Tile:
-    """The shipped tile for `block_m` rows. `dual`: the gate-up product, whose columns count twice.
+def product_tile(block_m: int, dtype: torch.dtype, weight: int, capability: tuple[int, int]) -> Tile:
+    """The shipped tile for `block_m` rows of `dtype` and a weight that is read as `weight`.
 
-    Shared memory holds `stages` - 1 or `stages` steps of the operands: 163 KiB on compute capability 8.0, 99 KiB on
-    8.6 and 8.9, 227 KiB on 9.0 and 10.0.
+    A program keeps `stages` steps of both operands in shared memory: at most 163 KiB on compute capability 8.0, 99 KiB
+    on 8.6, 8.9 and 12.0, 227 KiB on 9.0 and 10.0.
     """
-    halves = 2 if dual else 1
-    small_memory = capability[0] == 8 and capability[1] != 0 or capability[0] == 12
-    if element_size == 4:
-        return Tile(block_m, 64 // halves, 32, 4, 2 if small_memory else 3)
+    small_memory = capability in ((8, 6), (8, 9)) or capability[0] == 12
+    if dtype == torch.float32:
+        return Tile(block_m, 64, 32, 4, 3, 2 if block_m > 16 else 0)
     if block_m == 16:
-        # A step reads 64 weight rows of 256 bytes (128 in FP8): two programs per multiprocessor keep ~100 KiB coming.
-        return Tile(16, 64 // halves, 128, 4, 3 if small_memory else 4)
+        # A step reads 64 weight rows of 256 bytes (128 in FP8); several programs per multiprocessor keep ~100 KiB coming.
+        return Tile(16, 64, 128, 4, 3 if small_memory else 4, 0)
+    if dtype == torch.float8_e4m3fn:
+        # A step spans one block of scales. Two programs share a multiprocessor: one multiplies while one scales its sums.
+        return Tile(block_m, 128, 128, 4 if block_m == 64 else 8, 2 if small_memory else 3, 2)
     if weight != PLAIN:
-        return Tile(block_m, 128 // halves, 64, 4 if block_m == 64 else 8, 3)
+        return Tile(block_m, 128, 64, 4 if block_m == 64 else 8, 3, 2)
     if block_m == 64:
-        return Tile(64, 128 // halves, 64, 4, 3)
-    if capability[0] == 8:
-        return Tile(128, 128 // halves, 64 if not small_memory else 32, 8, 3)
-    return Tile(128, 256 // halves, 64, 8, 4)
+        return Tile(64, 128, 64, 4, 3, 2)
+    if capability[0] == 8 or small_memory:
+        return Tile(128, 128, 64 if not small_memory else 32, 8, 3, 1)
+    return Tile(128, 256, 64, 8, 4, 1)
 
 
 @jit
@@ -145,17 +148,74 @@ def load_k(ptrs, k, limit: tl.constexpr, EVEN_K: tl.constexpr, axis: tl.constexp
 
 
 @jit
-def lora_sum(acc, low_ptr, factor_ptr, rows, columns, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """`acc` + low-rank rows (N, R) times the factor rows (columns, R)."""
+def product(
+    acc,  # (BLOCK_M, BLOCK_N) float32
+    x_ptrs,  # (BLOCK_M, BLOCK_K)
+    x_scale_ptrs,  # (BLOCK_M,) scales of the rows' first 128 values, for FP8 rows
+    weight_ptrs,  # (BLOCK_K, BLOCK_N)
+    scale_ptr,  # scale of the tile's first block, for FP8 weights
+    second,  # (BLOCK_N,) columns that belong to a second block of columns
+    DEPTH: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,  # of the weight along the inner dimension
+    SCALE_STRIDE: tl.constexpr,  # of the scales along the inner dimension
+    SECOND: tl.constexpr,  # from the scale of the first block of columns to that of the second; 0: there is none
+    X_FP8: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    UE8M0: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`acc` + rows times weights over DEPTH. FP8 sums are scaled once per step, in float32."""
+    EVEN_K: tl.constexpr = DEPTH % BLOCK_K == 0
+    k = tl.arange(0, BLOCK_K)
+    for start in range(0, DEPTH, BLOCK_K):
+        x = load_k(x_ptrs, start + k, DEPTH, EVEN_K, 0)
+        weight = load_k(weight_ptrs, start + k, DEPTH, EVEN_K, 1)
+        if WEIGHT:
+            block = start // _SCALE_BLOCK
+            scale = load_scale(scale_ptr + block * SCALE_STRIDE, UE8M0)
+            if not X_FP8:
+                weight = widen(weight, x.dtype, WEIGHT)
+            elif WEIGHT == _FP8_BITS:  # the interpreter: values that FP8 holds
+                x = e4m3_to_float(x, tl.float32)
+                weight = e4m3_to_float(weight, tl.float32)
+            part = dot(x, weight, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+            if SECOND:
+                second_scale = load_scale(scale_ptr + SECOND + block * SCALE_STRIDE, UE8M0)
+                factor = tl.where(second, second_scale, scale)[None, :]
+            else:
+                factor = scale
+            if X_FP8:
+                acc += part * (tl.load(x_scale_ptrs + block)[:, None] * factor)
+            else:
+                acc += part * factor
+        else:
+            acc = dot(x, weight, acc)
+        x_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K * WEIGHT_STRIDE
+    return acc
+
+
+@jit
+def lora_sum(acc, low_ptr, factor_ptrs, rows, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """`acc` + low-rank rows (N, R) times factors, given as pointers to each column's value for rank 0."""
     r = tl.arange(0, BLOCK_R)
     low = tl.load(low_ptr + rows[:, None] * R + r[None, :], mask=r[None, :] < R, other=0.0)
-    factor = tl.load(factor_ptr + columns[None, :] * R + r[:, None], mask=r[:, None] < R, other=0.0)
+    factor = tl.load(factor_ptrs[None, :] + r[:, None], mask=r[:, None] < R, other=0.0)
     return dot(low, factor.to(low.dtype), acc)
+
+
+@jit
+def halves(tile, BLOCK_M: tl.constexpr, HALF: tl.constexpr):
+    """(BLOCK_M, 2 * HALF) to its left and its right half."""
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, HALF)), (0, 2, 1)))
 
 
 @jit
 def gate_up_kernel(
     x_ptr,  # (T, H)
+    x_scale_ptr,  # (T, ceil(H / 128)) float32 for FP8 rows, or unused
     weight_ptr,  # (E, 2I, H)
     scale_ptr,  # (E, 2 * ceil(I / 128), ceil(H / 128)), or unused
     low_ptr,  # (N, R) sorted rows times LoRA's A, or unused
@@ -171,51 +231,52 @@ def gate_up_kernel(
     H: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     R: tl.constexpr,  # 0 without LoRA
+    X_FP8: tl.constexpr,
     WEIGHT: tl.constexpr,
     UE8M0: tl.constexpr,
     SAVE_PRE: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # columns of gate, and as many of up
+    BLOCK_N: tl.constexpr,  # one half is gate, the other the same columns of up
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    EVEN_K: tl.constexpr = H % BLOCK_K == 0
+    HALF: tl.constexpr = BLOCK_N // 2
+    GRID_K: tl.constexpr = (H + _SCALE_BLOCK - 1) // _SCALE_BLOCK
+    GRID_N: tl.constexpr = (I + _SCALE_BLOCK - 1) // _SCALE_BLOCK
     tiles_m = tl.load(num_tiles_ptr)
-    tiles_n: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
+    tiles_n: tl.constexpr = (I + HALF - 1) // HALF
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         m, n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         expert, rows, slots, valid = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
-        columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = tl.minimum(columns, I - 1)  # the last tile repeats the last column
+        tokens = slots // K
+        both = tl.arange(0, BLOCK_N)
+        is_up = both >= HALF
+        # Rows of the weight; the last tile repeats the last one of each half.
+        weight_rows = tl.minimum(n * HALF + both % HALF, I - 1) + tl.where(is_up, I, 0)
         k = tl.arange(0, BLOCK_K)
-        x_ptrs = x_ptr + (slots // K)[:, None] * H + k[None, :]  # (BLOCK_M, BLOCK_K)
-        gate_ptrs = weight_ptr + expert * (2 * I * H) + inside[None, :] * H + k[:, None]  # (BLOCK_K, BLOCK_N)
-        up_ptrs = gate_ptrs + I * H
-        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, H, BLOCK_K):
-            x = load_k(x_ptrs, start + k, H, EVEN_K, 0)
-            gate_weight = load_k(gate_ptrs, start + k, H, EVEN_K, 1)
-            up_weight = load_k(up_ptrs, start + k, H, EVEN_K, 1)
-            if WEIGHT:
-                grid_k: tl.constexpr = (H + _SCALE_BLOCK - 1) // _SCALE_BLOCK
-                grid_n: tl.constexpr = (I + _SCALE_BLOCK - 1) // _SCALE_BLOCK
-                block = expert * (2 * grid_n * grid_k) + n * BLOCK_N // _SCALE_BLOCK * grid_k + start // _SCALE_BLOCK
-                zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                gate += dot(x, widen(gate_weight, x.dtype, WEIGHT), zeros) * load_scale(scale_ptr + block, UE8M0)
-                block += grid_n * grid_k
-                up += dot(x, widen(up_weight, x.dtype, WEIGHT), zeros) * load_scale(scale_ptr + block, UE8M0)
-            else:
-                gate = dot(x, gate_weight, gate)
-                up = dot(x, up_weight, up)
-            x_ptrs += BLOCK_K
-            gate_ptrs += BLOCK_K
-            up_ptrs += BLOCK_K
+        acc = product(
+            tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
+            x_ptr + tokens[:, None] * H + k[None, :],
+            x_scale_ptr + tokens * GRID_K if X_FP8 else None,
+            weight_ptr + expert * (2 * I * H) + weight_rows[None, :] * H + k[:, None],
+            scale_ptr + (expert * (2 * GRID_N) + n * HALF // _SCALE_BLOCK) * GRID_K if WEIGHT else None,
+            is_up,
+            H,
+            1,
+            1,
+            GRID_N * GRID_K,
+            X_FP8,
+            WEIGHT,
+            UE8M0,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
         if R:
-            factor_ptr = lora_ptr + expert * (2 * I * R)
-            gate = lora_sum(gate, low_ptr, factor_ptr, rows, inside, R, BLOCK_R)
-            up = lora_sum(up, low_ptr, factor_ptr + I * R, rows, inside, R, BLOCK_R)
+            acc = lora_sum(acc, low_ptr, lora_ptr + expert * (2 * I * R) + weight_rows * R, rows, R, BLOCK_R)
+        gate, up = halves(acc, BLOCK_M, HALF)
+        columns = n * HALF + tl.arange(0, HALF)
         mask = valid[:, None] & (columns[None, :] < I)
         if SAVE_PRE:
             pre_ptrs = pre_ptr + rows[:, None] * (2 * I) + columns[None, :]
@@ -228,6 +289,7 @@ def gate_up_kernel(
 @jit
 def down_kernel(
     x_ptr,  # (N, IN) sorted rows
+    x_scale_ptr,  # (N, ceil(IN / 128)) float32 for FP8 rows, or unused
     weight_ptr,  # (E, OUT, IN)
     scale_ptr,  # (E, ceil(OUT / 128), ceil(IN / 128)), or unused
     low_ptr,  # (N, R) sorted rows times LoRA's A, or unused
@@ -242,6 +304,7 @@ def down_kernel(
     IN: tl.constexpr,
     OUT: tl.constexpr,
     R: tl.constexpr,  # 0 without LoRA
+    X_FP8: tl.constexpr,
     WEIGHT: tl.constexpr,
     UE8M0: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -250,33 +313,36 @@ def down_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    EVEN_K: tl.constexpr = IN % BLOCK_K == 0
+    GRID_K: tl.constexpr = (IN + _SCALE_BLOCK - 1) // _SCALE_BLOCK
+    GRID_N: tl.constexpr = (OUT + _SCALE_BLOCK - 1) // _SCALE_BLOCK
     tiles_m = tl.load(num_tiles_ptr)
     tiles_n: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         m, n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         expert, rows, slots, valid = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
         columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = tl.minimum(columns, OUT - 1)
+        weight_rows = tl.minimum(columns, OUT - 1)  # the last tile repeats the last one
         k = tl.arange(0, BLOCK_K)
-        x_ptrs = x_ptr + rows[:, None] * IN + k[None, :]  # (BLOCK_M, BLOCK_K)
-        weight_ptrs = weight_ptr + expert * (OUT * IN) + inside[None, :] * IN + k[:, None]  # (BLOCK_K, BLOCK_N)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, IN, BLOCK_K):
-            x = load_k(x_ptrs, start + k, IN, EVEN_K, 0)
-            weight = load_k(weight_ptrs, start + k, IN, EVEN_K, 1)
-            if WEIGHT:
-                grid_k: tl.constexpr = (IN + _SCALE_BLOCK - 1) // _SCALE_BLOCK
-                grid_n: tl.constexpr = (OUT + _SCALE_BLOCK - 1) // _SCALE_BLOCK
-                block = expert * (grid_n * grid_k) + n * BLOCK_N // _SCALE_BLOCK * grid_k + start // _SCALE_BLOCK
-                zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                acc += dot(x, widen(weight, x.dtype, WEIGHT), zeros) * load_scale(scale_ptr + block, UE8M0)
-            else:
-                acc = dot(x, weight, acc)
-            x_ptrs += BLOCK_K
-            weight_ptrs += BLOCK_K
+        acc = product(
+            tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
+            x_ptr + rows[:, None] * IN + k[None, :],
+            x_scale_ptr + rows * GRID_K if X_FP8 else None,
+            weight_ptr + expert * (OUT * IN) + weight_rows[None, :] * IN + k[:, None],
+            scale_ptr + (expert * GRID_N + n * BLOCK_N // _SCALE_BLOCK) * GRID_K if WEIGHT else None,
+            columns,
+            IN,
+            1,
+            1,
+            0,
+            X_FP8,
+            WEIGHT,
+            UE8M0,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
         if R:
-            acc = lora_sum(acc, low_ptr, lora_ptr + expert * (OUT * R), rows, inside, R, BLOCK_R)
+            acc = lora_sum(acc, low_ptr, lora_ptr + expert * (OUT * R) + weight_rows * R, rows, R, BLOCK_R)
         acc *= tl.load(factors_ptr + slots).to(tl.float32)[:, None]
         mask = valid[:, None] & (columns[None, :] < OUT)
         tl.store(out_ptr + slots[:, None] * OUT + columns[None, :], narrow(acc, out_ptr.dtype.element_ty), mask=mask)
@@ -319,14 +385,18 @@ def as_bytes(tensor: torch.Tensor | None, kind: int = FP8_BITS) -> torch.Tensor 
 
 
 def launch_options(tile: Tile, layout: Layout, columns: int, device: torch.device) -> tuple[tuple[int], dict]:
-    """Grid and keyword arguments of a product with `columns` result columns: one program per tile while tiles are
-    small, a persistent launch otherwise."""
-    tiles = layout.max_tiles * cdiv(columns, tile.block_n)
-    persistent = tile.block_m > 16
-    grid = min(tiles, num_processors(device) * (1 if tile.warps == 8 else 2)) if persistent else tiles
+    """Grid and keyword arguments of a product of `columns` columns in all."""
+    grid = layout.max_tiles * cdiv(columns, tile.block_n)
+    if tile.per_processor:
+        grid = min(grid, num_processors(device) * tile.per_processor)
     options = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-    options.update(GROUP_M=8 if persistent else 1 << 20, num_warps=tile.warps, num_stages=tile.stages)
+    # While tiles are small, those of one expert that read the same weights come first; else, squares that share both.
+    options.update(GROUP_M=8 if tile.per_processor else 1 << 20, num_warps=tile.warps, num_stages=tile.stages)
     return (grid,), options
+
+
+def weight_options(weight: torch.Tensor, scale: torch.Tensor | None) -> dict:
+    return {"WEIGHT": weight_kind(weight), "UE8M0": scale is not None and scale.dtype == torch.float8_e8m0fnu}
 
 
 def lora_options(factor: torch.Tensor | None) -> dict:
@@ -341,20 +411,23 @@ def gate_up(
     scale: torch.Tensor | None,
     layout: Layout,
     top_k: int,
+    *,
+    out_dtype: torch.dtype,
+    x_scale: torch.Tensor | None = None,
     save_pre: bool = False,
     low: torch.Tensor | None = None,
     lora_b: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Sorted rows (N, I) of silu(gate) * up, and (N, 2I) of gate and up if `save_pre`."""
-    hidden, inter, device = hidden_states.shape[1], weight.shape[1] // 2, hidden_states.device
-    slots = hidden_states.shape[0] * top_k
+    (tokens, hidden), inter, device = hidden_states.shape, weight.shape[1] // 2, hidden_states.device
     kind = weight_kind(weight)
-    tile = forward_tile(layout.block_m, hidden_states.element_size(), kind, compute_capability(device), dual=True)
-    out = hidden_states.new_empty(slots, inter)
-    pre = hidden_states.new_empty(slots, 2 * inter) if save_pre else None
-    grid, options = launch_options(tile, layout, inter, device)
+    tile = product_tile(layout.block_m, hidden_states.dtype, kind, compute_capability(device))
+    out = torch.empty(tokens * top_k, inter, dtype=out_dtype, device=device)
+    pre = torch.empty(tokens * top_k, 2 * inter, dtype=out_dtype, device=device) if save_pre else None
+    grid, options = launch_options(tile, layout, 2 * inter, device)
     gate_up_kernel[grid](
-        hidden_states,
+        as_bytes(hidden_states, kind),
+        x_scale,
         as_bytes(weight, kind),
         as_bytes(scale),
         low,
@@ -366,9 +439,9 @@ def gate_up(
         K=top_k,
         H=hidden,
         I=inter,
-        WEIGHT=kind,
-        UE8M0=scale is not None and scale.dtype == torch.float8_e8m0fnu,
+        X_FP8=x_scale is not None,
         SAVE_PRE=save_pre,
+        **weight_options(weight, scale),
         **lora_options(lora_b),
         **options,
     )
@@ -381,18 +454,23 @@ def down(
     scale: torch.Tensor | None,
     layout: Layout,
     factors: torch.Tensor,
+    *,
     out_dtype: torch.dtype,
+    x_scale: torch.Tensor | None = None,
     low: torch.Tensor | None = None,
     lora_b: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rows (N, OUT) in the order of the slots, times their routing weights; rows of no expert are not written."""
     out_features, device = weight.shape[1], rows.device
     kind = weight_kind(weight)
-    tile = forward_tile(layout.block_m, rows.element_size(), kind, compute_capability(device), dual=False)
+    tile = product_tile(layout.block_m, rows.dtype, kind, compute_capability(device))
     out = torch.empty(rows.shape[0], out_features, dtype=out_dtype, device=device)
     grid, options = launch_options(tile, layout, out_features, device)
+    if kind != PLAIN and tile.block_n > SCALE_BLOCK:
+        raise ValueError(f"a tile of {tile.block_n} columns spans more than one block of scales")
     down_kernel[grid](
-        rows,
+        as_bytes(rows, kind),
+        x_scale,
         as_bytes(weight, kind),
         as_bytes(scale),
         low,
@@ -403,8 +481,8 @@ def down(
         layout.max_tiles,
         IN=rows.shape[1],
         OUT=out_features,
-        WEIGHT=kind,
-        UE8M0=scale is not None and scale.dtype == torch.float8_e8m0fnu,
+        X_FP8=x_scale is not None,
+        **weight_options(weight, scale),
         **lora_options(lora_b),
         **options,
     )
