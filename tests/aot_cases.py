@@ -1,5 +1,6 @@
 """What `aot.py` compiles: launchers called on meta tensors, at DeepSeek-V3's sizes, for every shipped tile."""
 
+import aot_cases_dense
 import torch
 
 from hf_moe.models import kernel_experts, kernel_routing
@@ -52,3 +53,4 @@ CASES = {
     "float16": lambda capability: forward(torch.float16, (16, 128)),
     "float32": lambda capability: forward(torch.float32, (16, 64)),
 }
+CASES.update(aot_cases_dense.CASES)

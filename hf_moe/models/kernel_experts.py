@@ -110,9 +110,9 @@ def load_scale(ptr, UE8M0: tl.constexpr):
 def widen(weight, dtype: tl.constexpr, WEIGHT: tl.constexpr):
     """A tile of weights in the dtype of the activations. FP8 values are exact in it."""
     if WEIGHT == _FP8_BITS:
-        return e4m3_to_float(weight, dtype)
-    if WEIGHT == _FP8:
-        return weight.to(dtype)
+        weight = e4m3_to_float(weight, dtype)
+    elif WEIGHT == _FP8:
+        weight = weight.to(dtype)
     return weight
 
 
@@ -144,7 +144,7 @@ def load_k(ptrs, k, limit: tl.constexpr, EVEN_K: tl.constexpr, axis: tl.constexp
     """A tile of an operand at inner offset `k`; zeros past `limit`."""
     if EVEN_K:
         return tl.load(ptrs)
-    return tl.load(ptrs, mask=tl.expand_dims(k < limit, axis), other=0)
+    return tl.load(ptrs, mask=tl.expand_dims(k < limit, axis), other=0.0)
 
 
 @jit

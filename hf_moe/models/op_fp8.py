@@ -1,8 +1,8 @@
-"""Products with block FP8 weights, decoded piece by piece.
+"""Products with block FP8 weights, decoded piece by piece, or by Triton kernels on GPUs.
 
-`fp8_linear` never holds a whole decoded matrix: it decodes some rows of the weight, multiplies, and goes on. Its
-gradient to the activations does the same; the weight is frozen. Activations can be quantised too, in groups of 128
-channels, which is what FP8 tensor cores multiply.
+`fp8_linear` never holds a whole decoded matrix: it decodes some rows of the weight, multiplies, and goes on; the
+kernels decode in registers. The gradient to the activations does the same; the weight is frozen. Activations can be
+quantised too, in groups of 128 channels, which is what FP8 tensor cores multiply.
 
 Shapes: O output features, I input features, M rows.
 """
@@ -12,11 +12,15 @@ from dataclasses import dataclass
 
 import torch
 
+from .kernel_fp8 import dequantize_block_fp8 as dequantize_kernel
+from .kernel_fp8 import multiply
+from .kernel_fp8 import quantize_rows as quantize_rows_kernel
 from .op_linear import linear
 from .op_quant import block_grid, dequantize_block_fp8, dequantize_rows, quantize_rows
+from .triton_compat import converts_fp8, runs_kernels
 
 _PIECE = 1 << 20  # elements that are decoded at a time: they stay in the processor's cache
-_WANTED_CAPABILITY = (8, 9)  # of a GPU whose tensor cores multiply FP8
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,20 @@ def quantizes_activations(choice: bool | None, device: torch.device, fp8: Fp8For
     """Whether a product quantises its activations: as `choice` says, or (`None`) where the hardware multiplies FP8."""
     if choice is not None or device.type != "cuda" or not fp8.dynamic:
         return bool(choice)
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= _WANTED_CAPABILITY
+    return runs_kernels(device) and converts_fp8(device) and fp8.block_size == (128, 128)
+
+
+def _uses_kernels(tensor: torch.Tensor, dtype: torch.dtype, fp8: Fp8Format) -> bool:
+    """Whether the Triton kernels serve this device, dtype and block size."""
+    return tensor.is_cuda and runs_kernels(tensor.device) and dtype in _KERNEL_DTYPES and fp8.block_size == (128, 128)
 
 
 def dequantize(
     weight: torch.Tensor, scale: torch.Tensor, fp8: Fp8Format, dtype: torch.dtype, parts: int = 1
 ) -> torch.Tensor:
     """The whole decoded weight (..., O, I) in `dtype`."""
+    if weight.dim() == 2 and _uses_kernels(weight, dtype, fp8) and not torch.compiler.is_compiling():
+        return dequantize_kernel(weight, scale, dtype, parts)
     return dequantize_block_fp8(weight, scale, fp8.block_size, parts).to(dtype)
 
 
@@ -87,6 +98,9 @@ def fp8_linear(
 def fp8_mm(rows, weight, scale, fp8: Fp8Format, parts: int = 1, quantize: bool = False) -> torch.Tensor:
     """`fp8_linear` for (M, I) rows, without bias and gradient."""
     dtype = rows.dtype
+    if parts == 1 and _uses_kernels(rows, dtype, fp8):
+        inputs, x_scale = quantize_rows_kernel(rows, fp8.ue8m0) if quantize else (rows, None)
+        return multiply(inputs, weight, scale, out_dtype=dtype, x_scale=x_scale)
     if quantize:
         wide = torch.promote_types(dtype, torch.float32)
         rows = dequantize_rows(*quantize_rows(rows, ue8m0=fp8.ue8m0)).to(wide)
@@ -96,6 +110,8 @@ def fp8_mm(rows, weight, scale, fp8: Fp8Format, parts: int = 1, quantize: bool =
 
 def fp8_mm_backward(grad, weight, scale, fp8: Fp8Format, parts: int = 1) -> torch.Tensor:
     """`grad @ dequantized(weight)`: (M, O) to (M, I), summed in float32."""
+    if parts == 1 and _uses_kernels(grad, grad.dtype, fp8):
+        return multiply(grad, weight, scale, out_dtype=grad.dtype, transposed=True)
     wide = torch.promote_types(grad.dtype, torch.float32)
     output = grad.new_zeros(grad.shape[0], weight.shape[1], dtype=wide)
     for piece, rows in _pieces(weight, scale, fp8, parts, grad.dtype):

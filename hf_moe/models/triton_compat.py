@@ -53,7 +53,7 @@ def narrow(value, dtype: tl.constexpr):
     """float32 to `dtype`, rounded to nearest even; the interpreter alone would cut bfloat16 off."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         value = tl.where(value == value, rounded, value)
     return value.to(dtype)
 
