@@ -236,7 +236,8 @@ def test_host_key_conversion_registry():
     for name in ("DeepseekV3Model", "DeepseekV3ForCausalLM", "DeepseekV2Model", "DeepseekV2ForCausalLM"):
         converters = get_checkpoint_conversion_mapping(name)
         targets = sorted(target for converter in converters for target in converter.target_patterns)
-        assert targets == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"], name
+        weights = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+        assert targets == sorted(weights + [f"{target}_scale_inv" for target in weights]), name
 
 
 def test_host_conversion_operations():

@@ -235,9 +235,10 @@ class LatentAttention(nn.Module):
 
     def _kv_b_halves(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`kv_b_proj` as its key part (h, n, r) and value part (h, v, r): the two alternate head by head."""
-        weight = self.kv_b_proj.weight
-        if type(self.kv_b_proj) is not Linear or hasattr(self.kv_b_proj, "_hf_hook"):
-            # An adapter, a quantised layer or an offloaded one: the matrix is what the module makes of unit vectors.
+        if type(self.kv_b_proj) is Linear and not hasattr(self.kv_b_proj, "_hf_hook"):
+            weight = self.kv_b_proj.plain_weight(like.dtype)
+        else:
+            # An adapter, a foreign layer or an offloaded one: the matrix is what the module makes of unit vectors.
             weight = self.kv_b_proj(torch.eye(self.kv_lora_rank, dtype=like.dtype, device=like.device)).t()
         weight = weight.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))
         return weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)

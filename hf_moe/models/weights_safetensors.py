@@ -54,7 +54,7 @@ class TensorEntry:
 
     def read(self) -> torch.Tensor:
         """Reads the tensor into fresh memory."""
-        tensor = torch.empty(self.shape, dtype=self.dtype)
+        tensor = torch.empty(self.shape, dtype=self.dtype, device="cpu")  # whatever the default device is
         self.read_into(tensor)
         return tensor
 

@@ -14,6 +14,7 @@ from checkpoints import (
     UNQUANTISED,
     LogRecorder,
     assert_same_bits,
+    assert_same_tensors,
     copy_golden,
     decode_checkpoint,
     decode_fp8,
@@ -31,6 +32,7 @@ from checkpoints import (
     upstream_tensors,
     write_checkpoint,
 )
+from testing import assert_close
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -222,7 +224,9 @@ def test_a_missing_head_is_reported(tmp_path):
 @pytest.mark.parametrize("case", QUANTISED)
 def test_quantised_golden_equals_the_definition_bit_for_bit(case, dtype):
     config = read_config(golden(case))
-    model, info = AutoModelForCausalLM.from_pretrained(golden(case), dtype=dtype, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        golden(case), dtype=dtype, dequantize=True, output_loading_info=True
+    )
     plain = decode_checkpoint(read_tensors(golden(case)))
     assert_parameters(model, plain, config, dtype)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
@@ -289,11 +293,20 @@ def test_fp8_edge_blocks_and_scale_formats(scales, tmp_path):
     assert tensors[f"{stem}.kv_a_proj_with_mqa.weight"].shape == (576, 136)
     assert tensors[f"{stem}.kv_a_proj_with_mqa.weight_scale_inv"].shape == (5, 2)
     assert tensors[f"{stem}.q_a_proj.weight_scale_inv"].shape == (2, 2)
-    model = load(write_checkpoint(tmp_path, EDGE_CONFIG, tensors, shards=3))
+    model = load(write_checkpoint(tmp_path / "in", EDGE_CONFIG, tensors, shards=3), dequantize=True)
     assert_parameters(model, decode_checkpoint(tensors), EDGE_CONFIG, torch.float32)
     assert len(model.model.mtp_layers()) == 1
-    bfloat16 = load(tmp_path, dtype=torch.bfloat16)
+    bfloat16 = load(tmp_path / "in", dtype=torch.bfloat16, dequantize=True)
     assert_parameters(bfloat16, decode_checkpoint(tensors), EDGE_CONFIG, torch.bfloat16)
+    kept = load(tmp_path / "in")
+    with torch.no_grad():
+        ids = torch.arange(12).view(2, 6)
+        outputs = [variant(ids, output_mtp_logits=True) for variant in (kept, model)]
+    for name in ("logits", "mtp_logits"):
+        actual, wanted = (getattr(output, name) for output in outputs)
+        assert_close(name, *((actual[0], wanted[0]) if name == "mtp_logits" else (actual, wanted)), "float32")
+    load(tmp_path / "in", dtype=torch.bfloat16).save_pretrained(tmp_path / "out", max_shard_size="200KB")
+    assert_same_tensors(read_tensors(tmp_path / "out"), tensors)
 
 
 def test_fp8_mtp_layer_gives_the_expected_logits():
@@ -491,12 +504,12 @@ def status(field):  # bytes
     with open("/proc/self/status") as stream:
         return next(int(line.split()[1]) * 1024 for line in stream if line.startswith(field + ":"))
 
-dtype = getattr(torch, sys.argv[3])
-AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=dtype)  # tiny: imports and caches are paid before
+options = {"dtype": getattr(torch, sys.argv[3]), **json.loads(sys.argv[4])}
+AutoModelForCausalLM.from_pretrained(sys.argv[2], **options)  # tiny: imports and caches are paid before
 with open("/proc/self/clear_refs", "w") as stream:
     stream.write("5")  # the peak starts over
 before = status("VmRSS")
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=dtype)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **options)
 peak = status("VmHWM")
 held = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 print(json.dumps({"before": before, "peak": peak, "held": held, "after": status("VmRSS")}))
@@ -524,21 +537,27 @@ def large_tensors(config, quantised):
     not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from Linux's /proc"
 )
 @pytest.mark.parametrize(
-    ("stored", "dtype", "case"),
-    [("bfloat16", "bfloat16", "v3_basic"), ("bfloat16", "float32", "v3_basic"), ("fp8", "bfloat16", "v3_fp8")],
-    ids=["as-stored", "cast", "fp8"],
+    ("stored", "dtype", "case", "dequantize"),
+    [
+        ("bfloat16", "bfloat16", "v3_basic", False),
+        ("bfloat16", "float32", "v3_basic", False),
+        ("fp8", "bfloat16", "v3_fp8", True),
+        ("fp8", "bfloat16", "v3_fp8", False),
+    ],
+    ids=["as-stored", "cast", "fp8-decoded", "fp8"],
 )
-def test_peak_memory_while_loading(stored, dtype, case, tmp_path):
+def test_peak_memory_while_loading(stored, dtype, case, dequantize, tmp_path):
     """Peak growth of the resident set, mapped pages of the files included, within 1.15x the model plus one shard."""
     config = dict(MEMORY_CONFIG, num_nextn_predict_layers=1)
     if stored == "fp8":
         config["quantization_config"] = EDGE_CONFIG["quantization_config"]
     folder = write_checkpoint(tmp_path / "large", config, large_tensors(config, stored == "fp8"), shards=6)
     files = [path.stat().st_size for path in folder.glob("*.safetensors")]
-    measured = json.loads(run_python(LOAD_AND_MEASURE, folder, golden(case), dtype).splitlines()[-1])
+    arguments = json.dumps({"dequantize": True} if dequantize else {})
+    measured = json.loads(run_python(LOAD_AND_MEASURE, folder, golden(case), dtype, arguments).splitlines()[-1])
     shutil.rmtree(folder)  # pytest would keep a few hundred MB for its last three runs
-    expected_ratio = {("bfloat16", "bfloat16"): 1, ("bfloat16", "float32"): 2, ("fp8", "bfloat16"): 1.9}[stored, dtype]
-    assert measured["held"] > 350e6 and abs(measured["held"] / sum(files) - expected_ratio) < 0.1, measured
+    expected_ratio = 1.9 if dequantize else 2 if dtype == "float32" else 1
+    assert measured["held"] > 200e6 and abs(measured["held"] / sum(files) - expected_ratio) < 0.1, measured
     growth, limit = measured["peak"] - measured["before"], 1.15 * measured["held"] + max(files)
     assert growth > 0.9 * measured["held"], f"the measurement is broken: {measured}"
     assert growth <= limit, f"peak grew by {growth / 1e6:.0f} MB, allowed {limit / 1e6:.0f} MB: {measured}"

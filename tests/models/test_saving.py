@@ -92,8 +92,8 @@ def test_saved_copy_gives_the_expected_logits(case, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", QUANTISED)
-def test_quantised_golden_is_saved_in_plain_form(case, dtype, tmp_path):
-    load(golden(case), dtype=dtype).save_pretrained(tmp_path)
+def test_dequantised_golden_is_saved_in_plain_form(case, dtype, tmp_path):
+    load(golden(case), dtype=dtype, dequantize=True).save_pretrained(tmp_path)
     config = read_config(tmp_path)
     assert "quantization_config" not in config
     assert config["torch_dtype"] == str(dtype).removeprefix("torch.")

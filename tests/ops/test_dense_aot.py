@@ -1,0 +1,51 @@
+"""The dense layers' kernels as they would run on GPUs of three generations, compiled without one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_moe.models.triton_compat import HAS_TRITON
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@pytest.fixture(scope="module", params=sorted(SHARED_MEMORY), ids=lambda capability: f"sm_{capability}")
+def compiled(request):
+    """(capability, one record for each distinct launch)."""
+    script = Path(__file__).parents[1] / "aot.py"
+    cases = ["--cases", "fp8_quantisers", "fp8_linear"]
+    command = [sys.executable, str(script), "--capability", str(request.param), *cases]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return request.param, [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_every_launch_fits(compiled):
+    capability, launches = compiled
+    assert len(launches) >= (10 if capability == 80 else 20)
+    for launch in launches:
+        assert launch["spills"] == 0, launch
+        assert launch["registers"] <= 255 and launch["shared"] <= SHARED_MEMORY[capability], launch
+
+
+def test_large_products_use_the_tensor_cores_of_their_generation(compiled):
+    capability, launches = compiled
+    products = [launch for launch in launches if launch["kernel"] == "linear_kernel"]
+    seen = set()
+    for launch in products:
+        constants = launch["constants"]
+        if not constants["X_FP8"] and "bf16" not in "".join(launch["types"]):
+            continue  # float32 rows: exact products
+        large = constants["BLOCK_M"] >= 64
+        instruction = {80: "mma", 90: "wgmma", 100: "tcgen05"}[capability] if large else "mma"
+        assert launch[instruction], launch
+        if capability == 90 and large and constants["X_FP8"]:
+            assert launch["fp8_wgmma"], launch
+        seen.add((large, constants["X_FP8"]))
+    assert seen == {
+        (large, fp8) for large in (False, True) for fp8 in ((False,) if capability == 80 else (False, True))
+    }

@@ -1,0 +1,230 @@
+"""Block FP8: definitions against loops, kernels (in Triton's interpreter without a GPU) against the definitions."""
+
+import pytest
+import torch
+from testing import assert_close
+
+from hf_moe.models import kernel_fp8, op_fp8, op_quant
+from hf_moe.models.op_fp8 import Fp8Format, fp8_linear
+from hf_moe.models.triton_compat import HAS_TRITON
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FP8 = torch.float8_e4m3fn
+kernels = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+# Rows, input features, output features: odd sizes, whole blocks, the 576 rows of kv_a_proj_with_mqa.
+SIZES = [(1, 128, 128), (3, 200, 72), (17, 384, 576), (70, 130, 257), (5, 1024, 64)]
+
+
+def random(*shape, dtype=torch.float32, scale=1.0):
+    return (torch.randn(shape) * scale).to(dtype).to(DEVICE)
+
+
+def spread(*shape, dtype=torch.float32):
+    """Values of many magnitudes, zeros and whole groups of zeros."""
+    values = torch.randn(shape) * torch.logspace(-6, 3, shape[-1])
+    values[..., ::7] = 0
+    values[0, :128] = 0
+    return values.to(dtype).to(DEVICE)
+
+
+def fp8_weight(out_features, in_features, ue8m0=False, scale_dtype=torch.float32):
+    # Blocks of very different size: the wrong scale cannot go unnoticed.
+    rows = torch.logspace(-1, 1, out_features)[:, None] * torch.logspace(-1, 1, in_features)[None, :]
+    values, scale = op_quant.quantize_block_fp8(torch.randn(out_features, in_features) * rows, ue8m0=ue8m0)
+    return values.to(DEVICE), scale.to(scale_dtype).to(DEVICE)
+
+
+# --- definitions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ue8m0", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 130), (2, 256)], ids=str)
+def test_quantize_rows_against_a_loop(shape, ue8m0):
+    rows = spread(*shape).cpu()
+    values, scales = op_quant.quantize_rows(rows, ue8m0=ue8m0)
+    assert values.dtype == FP8 and scales.shape == (shape[0], -(-shape[1] // 128))
+    for row in range(shape[0]):
+        for group in range(scales.shape[1]):
+            x = rows[row, group * 128 : group * 128 + 128]
+            scale = max(x.abs().max().item(), 1e-4) / 448
+            if ue8m0:
+                exponent = -149
+                while 2.0**exponent < torch.tensor(scale).item():
+                    exponent += 1
+                scale = 2.0**exponent
+            scale = torch.tensor(scale, dtype=torch.float32)
+            assert scales[row, group] == scale
+            wanted = (x / scale).clamp(-448, 448).to(FP8)
+            assert torch.equal(values[row, group * 128 : group * 128 + 128].float(), wanted.float())
+
+
+@pytest.mark.parametrize("ue8m0", [False, True])
+def test_quantised_blocks_are_near_and_zero_stays_zero(ue8m0):
+    weight = random(200, 300, scale=3.0).cpu()
+    weight[:128, :128] = 0
+    values, scales = op_quant.quantize_block_fp8(weight, ue8m0=ue8m0)
+    assert scales.shape == (2, 3) and scales[0, 0] == 1
+    assert not ue8m0 or torch.equal(torch.frexp(scales).mantissa, torch.full_like(scales, 0.5))
+    back = op_quant.dequantize_block_fp8(values, scales)
+    assert (back - weight).abs().max() <= 2**-4 * weight.abs().max() * (2 if ue8m0 else 1)
+    again, same = op_quant.quantize_block_fp8(back, ue8m0=ue8m0)
+    assert torch.equal(again.view(torch.uint8), values.view(torch.uint8)) and torch.equal(same, scales)
+
+
+def test_stacked_parts_have_blocks_of_their_own():
+    parts = [op_quant.quantize_block_fp8(random(72, 200).cpu()) for _ in range(2)]
+    values, scales = (torch.cat(pair) for pair in zip(*parts))
+    whole = op_quant.dequantize_block_fp8(values, scales, parts=2)
+    assert torch.equal(whole, torch.cat([op_quant.dequantize_block_fp8(*part) for part in parts]))
+    stack = op_quant.dequantize_block_fp8(torch.stack([values] * 3), torch.stack([scales] * 3), parts=2)
+    assert torch.equal(stack, torch.stack([whole] * 3))
+
+
+def test_every_code_is_decoded_as_pytorch_does():
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8)
+    wanted = codes.float()
+    for weight in (codes, codes[:127], codes[128:255]):  # with and without NaN
+        decoded = op_quant.dequantize_block_fp8(weight.view(1, -1), torch.ones(1, -(-weight.numel() // 128)))
+        assert torch.equal(decoded.nan_to_num(7.0)[0], weight.float().nan_to_num(7.0))
+    assert wanted.isnan().sum() == 2
+
+
+@pytest.mark.parametrize("scale", [1e-38, 2.0**127, 3.4e38])
+def test_scales_of_any_size(scale):
+    weight = torch.tensor([[0.001953125, -1.0, 0.5]]).to(FP8)
+    decoded = op_quant.dequantize_block_fp8(weight, torch.full((1, 1), scale))
+    assert torch.equal(decoded, weight.float() * torch.tensor(scale, dtype=torch.float32))
+
+
+# --- the linear layer, piece by piece ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_linear_and_gradient_against_float64(sizes, quantize, parts, monkeypatch):
+    monkeypatch.setattr(op_fp8, "_PIECE", 128 * 256)
+    num_rows, in_features, out_features = sizes
+    pairs = [fp8_weight(out_features, in_features) for _ in range(parts)]
+    weight, scale = (torch.cat(pair).cpu() for pair in zip(*pairs))
+    rows, bias = random(num_rows, in_features).cpu().requires_grad_(), random(weight.shape[0]).cpu()
+    output = fp8_linear(rows, weight, scale, Fp8Format(), bias, parts=parts, quantize=quantize)
+    wide = op_quant.dequantize_block_fp8(weight, scale, parts=parts).double()
+    inputs = op_quant.dequantize_rows(*op_quant.quantize_rows(rows)) if quantize else rows
+    assert_close("output", output, inputs.double() @ wide.T + bias.double(), "float32")
+    grad = random(*output.shape).cpu()
+    output.backward(grad)
+    assert_close("gradient", rows.grad, grad.double() @ wide, "float32")
+
+
+def test_linear_in_bfloat16_rounds_weights_once():
+    weight, scale = (tensor.cpu() for tensor in fp8_weight(256, 384))
+    rows = random(4, 384, dtype=torch.bfloat16).cpu()
+    output = fp8_linear(rows, weight, scale, Fp8Format())
+    assert output.dtype == torch.bfloat16
+    wide = op_quant.dequantize_block_fp8(weight, scale).bfloat16().double()
+    assert_close("output", output, rows.double() @ wide.T, "bfloat16")
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@kernels
+@pytest.mark.parametrize("ue8m0", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 128), (3, 130), (2, 1100)], ids=str)
+def test_quantize_rows_kernel_is_the_definition_bit_for_bit(shape, dtype, ue8m0, poisoned):
+    rows = spread(*shape, dtype=dtype)
+    values, scales = kernel_fp8.quantize_rows(rows, ue8m0)
+    wanted_values, wanted_scales = op_quant.quantize_rows(rows, ue8m0=ue8m0)
+    assert torch.equal(scales, wanted_scales)
+    assert torch.equal(values.view(torch.uint8), wanted_values.view(torch.uint8))
+
+
+@kernels
+@pytest.mark.parametrize("ue8m0", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (130, 200), (256, 128)], ids=str)
+def test_quantize_block_kernel_is_the_definition_bit_for_bit(shape, ue8m0, poisoned):
+    weight = spread(*shape)
+    values, scales = kernel_fp8.quantize_block_fp8(weight, ue8m0)
+    wanted_values, wanted_scales = op_quant.quantize_block_fp8(weight, ue8m0=ue8m0)
+    assert torch.equal(scales, wanted_scales)
+    assert torch.equal(values.view(torch.uint8), wanted_values.view(torch.uint8))
+
+
+@kernels
+def test_rounding_to_fp8_is_that_of_pytorch_on_every_neighbourhood():
+    """Every value of FP8, every midpoint, and their float32 neighbours."""
+    codes = torch.arange(127, dtype=torch.uint8).view(FP8).float()
+    points = torch.cat((codes, (codes[1:] + codes[:-1]) / 2))
+    points = torch.cat(
+        (points, torch.nextafter(points, torch.tensor(1e9)), torch.nextafter(points, torch.tensor(-1.0)))
+    )
+    points = torch.cat((points, -points)).clamp(-448, 448).to(DEVICE)
+    rows = torch.nn.functional.pad(points, (0, -points.numel() % 127)).view(-1, 127)
+    rows = torch.cat((rows, torch.full_like(rows[:, :1], 448.0)), dim=1)  # so that the scale is 1
+    values, scales = kernel_fp8.quantize_rows(rows)
+    assert torch.equal(scales, torch.ones_like(scales))
+    assert torch.equal(values.view(torch.uint8), rows.to(FP8).view(torch.uint8))
+
+
+@kernels
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float8_e8m0fnu], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dequantize_kernel_is_the_definition_bit_for_bit(dtype, scale_dtype, parts, poisoned):
+    pairs = [fp8_weight(200, 130, ue8m0=scale_dtype != torch.float32, scale_dtype=scale_dtype) for _ in range(parts)]
+    weight, scale = (torch.cat([part.view(torch.uint8) for part in pair]).view(pair[0].dtype) for pair in zip(*pairs))
+    scale = scale if scale_dtype == torch.float32 else scale.view(torch.uint8).view(scale_dtype)
+    decoded = kernel_fp8.dequantize_block_fp8(weight, scale, dtype, parts)
+    assert torch.equal(decoded, op_quant.dequantize_block_fp8(weight, scale, parts=parts).to(dtype))
+
+
+@kernels
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize(
+    ("kind", "fmt"), [("w8a8", "fp8"), ("w8a8-ue8m0", "fp8"), ("bfloat16", "bfloat16"), ("float32", "float32")]
+)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_product_kernel_against_float64_on_the_same_quantised_inputs(sizes, kind, fmt, transposed, poisoned):
+    if transposed and kind.startswith("w8a8"):
+        pytest.skip("gradients are not quantised")
+    num_rows, in_features, out_features = sizes
+    ue8m0 = kind.endswith("ue8m0")
+    weight, scale = fp8_weight(out_features, in_features, ue8m0, torch.float8_e8m0fnu if ue8m0 else torch.float32)
+    wide = op_quant.dequantize_block_fp8(weight, scale).double()
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    rows = random(num_rows, out_features if transposed else in_features, dtype=dtype)
+    bias = None if transposed else random(out_features)
+    inputs, x_scale = rows, None
+    if kind.startswith("w8a8"):
+        inputs, x_scale = op_quant.quantize_rows(rows, ue8m0=ue8m0)
+        reference = op_quant.dequantize_rows(inputs, x_scale).double()
+    else:
+        reference = rows.double()
+    output = kernel_fp8.multiply(
+        inputs, weight, scale, out_dtype=dtype, x_scale=x_scale, bias=bias, transposed=transposed
+    )
+    wanted = reference @ (wide if transposed else wide.T) + (0 if bias is None else bias.double())
+    assert output.dtype == dtype
+    assert_close("output", output, wanted, fmt)
+    again = kernel_fp8.multiply(
+        inputs, weight, scale, out_dtype=dtype, x_scale=x_scale, bias=bias, transposed=transposed
+    )
+    assert torch.equal(output, again), "the same inputs gave other bits"
+
+
+@kernels
+def test_no_rows():
+    weight, scale = fp8_weight(64, 128)
+    assert kernel_fp8.multiply(random(0, 128), weight, scale, out_dtype=torch.float32).shape == (0, 64)
+    values, scales = kernel_fp8.quantize_rows(random(0, 130))
+    assert values.shape == (0, 130) and scales.shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("depth", "tiles", "wanted"),
+    [(7168, 112, 4), (7168, 9, 14), (1536, 384, 1), (2048, 112, 4), (200, 3, 1), (384, 3, 1), (512, 3, 1)],
+)
+def test_split_count(depth, tiles, wanted):
+    assert kernel_fp8.split_count(depth, tiles, 132) == wanted
