@@ -210,7 +210,7 @@ print(peak_of(lambda: torch.ones({tokens}, 129280)))
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="reads the peak from Linux")
 @pytest.mark.parametrize(
-    "tokens, depths, hooked", [(1024, 1, False), (1024, 0, True)], ids=["main head and MTP", "head with a hook"]
+    "tokens, depths, hooked", [(2048, 1, False), (2048, 0, True)], ids=["main head and MTP", "head with a hook"]
 )
 def test_peak_memory_of_a_training_step(tokens, depths, hooked):
     """129,280 entries: a whole step stays under a quarter of the float32 logits of one head.
