@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer, set_seed
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -43,6 +44,31 @@ class DemoResult:
     cached_tokens: int
     cache_bytes_per_token: float
     expanded_bytes_per_token: int
+    mtp_tokens_per_second: float
+    mtp_report: str
+
+
+class ClockStreamer(BaseStreamer):
+    """Keeps the time of every generated token."""
+
+    def __init__(self):
+        self.token_times: list[float] = []
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_seen:
+            self.token_times.append(time.perf_counter())
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+
+def tokens_per_second(token_times: list[float]) -> float:
+    """Tokens per second of decoding: the first token, which the prompt's own pass gives, does not count."""
+    if len(token_times) < 2:
+        return math.nan
+    return (len(token_times) - 1) / (token_times[-1] - token_times[0])
 
 
 class ConsoleStreamer(TextStreamer):
@@ -62,12 +88,6 @@ class ConsoleStreamer(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.console.print(text, end="\n" if stream_end else "", markup=False, highlight=False, soft_wrap=True)
-
-    def tokens_per_second(self) -> float:
-        """Decode steps per second: the first token, which the prompt's own pass gives, does not count."""
-        if len(self.token_times) < 2:
-            return math.nan
-        return (len(self.token_times) - 1) / (self.token_times[-1] - self.token_times[0])
 
 
 def cache_bytes(cache) -> int:
@@ -119,6 +139,8 @@ def run_demo(
 ) -> DemoResult:
     """Stream a completion of `prompt` to the console, then print speed, cache size and where to go next.
 
+    The same prompt is then completed once more with multi-token prediction, for its speed.
+
     Args:
         prompt: Python source to go on with; None takes one that comes with the demo, "" starts a new file. White
             space at its end is dropped, since a token of this model holds a line break *and* the indentation after it.
@@ -152,16 +174,28 @@ def run_demo(
     output = model.generate(
         **inputs, max_new_tokens=max_new_tokens, streamer=streamer, return_dict_in_generate=True, **sampling
     )
+    clock = ClockStreamer()
+    set_seed(seed)
+    with_mtp = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        streamer=clock,
+        return_dict_in_generate=True,
+        use_mtp=True,
+        **sampling,
+    )
     new_ids = output.sequences[0, length:]
     cached = output.past_key_values.get_seq_length()
     result = DemoResult(
         prompt=prompt,
         completion=tokenizer.decode(new_ids, skip_special_tokens=True),
         new_tokens=len(new_ids),
-        tokens_per_second=streamer.tokens_per_second(),
+        tokens_per_second=tokens_per_second(streamer.token_times),
         cached_tokens=cached,
         cache_bytes_per_token=cache_bytes(output.past_key_values) / cached,
         expanded_bytes_per_token=expanded_bytes_per_token(model),
+        mtp_tokens_per_second=tokens_per_second(clock.token_times),
+        mtp_report=str(with_mtp.speculation),
     )
     report(result, model, console)
     return result
@@ -174,6 +208,10 @@ def report(result: DemoResult, model: PreTrainedModel, console: Console) -> None
     table = Table(show_header=False, box=None)
     speed = f"{result.tokens_per_second:.1f} tokens a second" if result.new_tokens > 1 else "one token: no rate"
     table.add_row("Speed", f"{speed} ({model.dtype}, {model.device.type}, {torch.get_num_threads()} threads)")
+    if not math.isnan(result.mtp_tokens_per_second):
+        gain = result.mtp_tokens_per_second / result.tokens_per_second
+        table.add_row("", f"{result.mtp_tokens_per_second:.1f} with use_mtp=True, {gain:.2f} times as fast")
+        table.add_row("", result.mtp_report)
     table.add_row("Cache", f"{latent:,.0f} bytes a token, measured on the {result.cached_tokens} tokens of this run")
     shape = f"{config.num_attention_heads} heads, {config.num_hidden_layers} layers"
     table.add_row("", f"{expanded:,} as keys and values per head ({shape})")
