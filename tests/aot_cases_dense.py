@@ -1,8 +1,8 @@
-"""Ahead-of-time cases of dense layers: FP8 at DeepSeek-V3's sizes."""
+"""Ahead-of-time cases of dense layers, FP8 and latent attention, at DeepSeek-V3's sizes."""
 
 import torch
 
-from hf_moe.models import kernel_fp8
+from hf_moe.models import kernel_fp8, kernel_mla
 
 FP8 = torch.float8_e4m3fn
 # Output and input features: kv_a_proj_with_mqa, and sizes that are no multiples of anything.
@@ -42,4 +42,12 @@ def fp8_linear(capability: int) -> None:
             kernel_fp8.multiply(grad, weight, empty(*grid, dtype=torch.float32), out_dtype=dtype, transposed=True)
 
 
-CASES = {"fp8_quantisers": fp8_quantisers, "fp8_linear": fp8_linear}
+def mla_decode(capability: int) -> None:
+    for heads, queries, masked in ((128, 1, False), (128, 1, True), (128, 2, True), (16, 1, True), (32, 1, False)):
+        latent, key_rope = empty(2, 32768, 512), empty(2, 32768, 64)
+        mask = empty(2, queries, 32768, dtype=torch.bool) if masked else None
+        rows = empty(2, queries, heads, 512), empty(2, queries, heads, 64)
+        kernel_mla.mla_decode(*rows, latent, key_rope, mask, 0.1)
+
+
+CASES = {"fp8_quantisers": fp8_quantisers, "fp8_linear": fp8_linear, "mla_decode": mla_decode}

@@ -5,8 +5,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy
 import torch
 from safetensors.torch import load_file
+
+from hf_moe.models.triton_compat import HAS_TRITON
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -27,6 +30,16 @@ TOL = {
 
 # Largest absolute difference from a golden value, by quantity: what the project promises.
 GOLDEN_ATOL = {"logits": 1e-4, "mtp_logits": 1e-4, "last_hidden_state": 1e-4, "loss": 1e-5, "router_weights": 1e-5}
+
+
+def can_run_kernels() -> bool:
+    """Whether Triton kernels run here: on a GPU, or in the interpreter, whose older releases do not know new NumPy."""
+    if torch.cuda.is_available() or not HAS_TRITON:
+        return HAS_TRITON
+    import triton
+
+    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return release >= (3, 7) or tuple(int(part) for part in numpy.__version__.split(".")[:2]) < (2, 5)
 
 
 def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, fmt: str) -> None:

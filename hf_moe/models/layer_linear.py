@@ -23,6 +23,16 @@ class Linear(Fp8Module, nn.Linear):
         quantize = self.quantizes(hidden_states)
         return fp8_linear(hidden_states, self.weight, self.weight_scale_inv, self.fp8, self.bias, quantize=quantize)
 
+    def outputs(self, hidden_states: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Output features `start` to `stop` alone; with FP8 weights, `start` begins a row of blocks."""
+        bias = None if self.bias is None else self.bias[start:stop]
+        if self.fp8 is None:
+            return linear(hidden_states, self.weight[start:stop], bias)
+        rows = self.fp8.block_size[0]
+        scale = self.weight_scale_inv[start // rows : -(-stop // rows)]
+        quantize = self.quantizes(hidden_states)
+        return fp8_linear(hidden_states, self.weight[start:stop], scale, self.fp8, bias, quantize=quantize)
+
     def plain_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The (out, in) weight as it is, or decoded to `dtype` where it is FP8."""
         if self.fp8 is None:

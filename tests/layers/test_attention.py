@@ -280,3 +280,50 @@ def test_choice_is_the_smaller_product_count():
             latent_values, out = queries * context * r, queries * r * v
             fewer = into + latent_scores + rope_scores + latent_values + out < expand + scores + values
             assert absorbed_is_cheaper(config, queries, context) == fewer
+
+
+# --- a long context, some heads at a time -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_heads_are_expanded_some_at_a_time(implementation, monkeypatch):
+    """The same result, without the keys and values of all heads at once."""
+    model = tiny_model(num_attention_heads=7, num_key_value_heads=7, attn_implementation=implementation)
+    model.config.mla_mode = "expanded"
+    ids, mask = left_padded([random_ids(1, 9)[0], random_ids(1, 14)[0]])
+    attend, held = LatentAttention._attend_heads, []
+
+    def record(self, query, expanded, *args, **kwargs):
+        held.append(expanded.numel() + query.shape[1] * expanded.shape[1] * expanded.shape[0] * self.qk_head_dim)
+        return attend(self, query, expanded, *args, **kwargs)
+
+    monkeypatch.setattr(LatentAttention, "_attend_heads", record)
+    flags = {"attention_mask": mask, "output_attentions": implementation == "eager"}
+    with torch.no_grad():
+        whole = model(ids, **flags)
+        calls, whole_size = len(held), max(held)
+        held.clear()
+        monkeypatch.setattr(layer_mla, "_EXPANDED_ELEMENTS", whole_size // 3)
+        parts = model(ids, **flags)
+    assert len(held) == 4 * calls and max(held) <= whole_size // 3  # two heads at a time, of seven
+    real = mask.bool()
+    assert_close("logits", parts.logits[real], whole.logits[real], "float32")
+    if implementation == "eager":
+        for one, other in zip(parts.attentions, whole.attentions):
+            assert_close("attention", one, other, "float32")
+    held.clear()
+    model(ids, attention_mask=mask)  # with gradients, which keep everything anyway
+    assert len(held) == calls
+
+
+def test_a_cached_context_is_expanded_some_heads_at_a_time(monkeypatch):
+    monkeypatch.setattr(layer_mla, "_EXPANDED_ELEMENTS", 1)
+    model = tiny_model()
+    model.config.mla_mode = "expanded"
+    ids = random_ids(2, 11)
+    with torch.no_grad():
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+        step = model(ids[:, 6:], past_key_values=cache).logits
+    monkeypatch.undo()
+    with torch.no_grad():
+        assert_close("logits", step, model(ids).logits[:, 6:], "float32")

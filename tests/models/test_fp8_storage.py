@@ -19,7 +19,7 @@ from testing import assert_close, assert_golden, load_golden
 from tiny import random_ids, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, FineGrainedFP8Config
 
-from hf_moe.models import op_fp8, op_quant
+from hf_moe.models import layer_mla, op_fp8, op_quant
 from hf_moe.models.layer_experts import Experts
 from hf_moe.models.layer_linear import Linear
 from hf_moe.models.weights_safetensors import CheckpointError
@@ -156,6 +156,20 @@ def test_logits_are_those_of_the_dequantised_weights(implementation, mla_mode, d
             output = variant(expected["input_ids"], output_mtp_logits=True)
         assert_golden("logits", output.logits, expected["logits"], "logits")
         assert_golden("mtp", output.mtp_logits[0], expected["mtp1_logits"], "mtp_logits")
+
+
+@pytest.mark.parametrize("quantize", [False, True], ids=["exact", "actquant"])
+def test_heads_of_fp8_weights_are_expanded_some_at_a_time(quantize, kept, monkeypatch):
+    """Two heads have 128 rows here, one row of blocks."""
+    ids = load_golden(CASE)[0]["input_ids"]
+    monkeypatch.setattr(kept.config, "mla_mode", "expanded")
+    kept.set_fp8_activations(quantize)
+    with torch.no_grad():
+        whole = kept(ids).logits
+        monkeypatch.setattr(layer_mla, "_EXPANDED_ELEMENTS", 1)
+        assert kept.model.layers[0].self_attn._heads_at_a_time(4, torch.empty(2, 1, 14, 128)) == 2
+        assert_close("logits", kept(ids).logits, whole, "float32")
+    kept.set_fp8_activations(None)
 
 
 @pytest.mark.parametrize("suffix", ["actquant", "actquant_ue8m0"])

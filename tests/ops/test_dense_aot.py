@@ -17,7 +17,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 def compiled(request):
     """(capability, one record for each distinct launch)."""
     script = Path(__file__).parents[1] / "aot.py"
-    cases = ["--cases", "fp8_quantisers", "fp8_linear"]
+    cases = ["--cases", "fp8_quantisers", "fp8_linear", "mla_decode"]
     command = [sys.executable, str(script), "--capability", str(request.param), *cases]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -26,7 +26,7 @@ def compiled(request):
 
 def test_every_launch_fits(compiled):
     capability, launches = compiled
-    assert len(launches) >= (10 if capability == 80 else 20)
+    assert len(launches) >= (15 if capability == 80 else 25)
     for launch in launches:
         assert launch["spills"] == 0, launch
         assert launch["registers"] <= 255 and launch["shared"] <= SHARED_MEMORY[capability], launch
@@ -49,3 +49,14 @@ def test_large_products_use_the_tensor_cores_of_their_generation(compiled):
     assert seen == {
         (large, fp8) for large in (False, True) for fp8 in ((False,) if capability == 80 else (False, True))
     }
+
+
+def test_attention_uses_the_tensor_cores_and_copies_ahead(compiled):
+    capability, launches = compiled
+    attention = [launch for launch in launches if launch["kernel"] == "mla_decode_kernel"]
+    assert {launch["constants"]["HAS_MASK"] for launch in attention} == {False, True}
+    for launch in attention:
+        wide = launch["constants"]["BLOCK_M"] == 64
+        assert launch[{80: "mma", 90: "wgmma", 100: "tcgen05"}[capability] if wide else "mma"], launch
+        assert launch["async_copy"], launch
+    assert any(launch["constants"]["BLOCK_M"] == 64 for launch in attention)

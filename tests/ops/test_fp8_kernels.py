@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from testing import assert_close
+from testing import assert_close, can_run_kernels
 
 from hf_moe.models import kernel_fp8, op_fp8, op_quant
 from hf_moe.models.op_fp8 import Fp8Format, fp8_linear
-from hf_moe.models.triton_compat import HAS_TRITON
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP8 = torch.float8_e4m3fn
-kernels = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+kernels = pytest.mark.skipif(not can_run_kernels(), reason="kernels cannot run here")
 # Rows, input features, output features: odd sizes, whole blocks, the 576 rows of kv_a_proj_with_mqa.
 SIZES = [(1, 128, 128), (3, 200, 72), (17, 384, 576), (70, 130, 257), (5, 1024, 64)]
 
