@@ -10,6 +10,7 @@ FAMILIES = {
     "deepseek_v2": "configuration_deepseek_v2.DeepseekV2Config",
     "deepseek_v3": "configuration_deepseek_v3.DeepseekV3Config",
     "kimi_k2": "configuration_kimi_k2.KimiK2Config",
+    "step3_text": "configuration_step3_text.Step3TextConfig",
 }
 
 
