@@ -4,15 +4,15 @@ The queries of all heads come from one normed low-rank vector; all heads share o
 cache holds those two, `2 d` values a token and layer. Two evaluation orders give the same function, and neither of them
 makes a copy of keys or values per query head:
 
-- **rows**: the heads become rows of one matrix product per sequence, (S h, d) x (d, T). The cache is read once, whatever
-  the number of heads, and the scores are written and read besides. This is the definition (`"eager"`) and how a decode
-  step runs under `"sdpa"`.
+- **rows**: the heads become rows of one matrix product per sequence, (S h, d) x (d, T). The cache is read once,
+  whatever the number of heads, and the scores are written and read besides. This is the definition (`"eager"`) and how
+  a decode step runs under `"sdpa"`.
 - **interface**: Transformers' attention interface with keys and values as stride-0 views over the heads (flash kernels
   take the single head as it is). For prompts, whose scores would be larger than the cache.
 
-Traffic of a decode step, per layer and sequence, in elements: rows `2 T d` (keys and values once) and a few passes over
-the `h T` scores. The plain form repeats keys and values first: it reads `2 T d`, writes `2 h T d` and reads those again,
-`(4 h + 2) T d` or about `2 h` times as much: at h = 64, d = 256, T = 16,384 and bfloat16, 17 MB against 2.2 GB.
+Traffic of a decode step, per layer and sequence, in elements: rows `2 T d` (keys and values once) and a few passes
+over the `h T` scores. The plain form repeats keys and values first: it reads `2 T d`, writes `2 h T d` and reads those
+again, `(4 h + 2) T d` or `2 h + 1` times as much: at h = 64, d = 256, T = 16,384 and bfloat16, 17 MB against 2.2 GB.
 
 Shapes: B batch, S new tokens, T context (new tokens included), h query heads, d head_dim.
 """

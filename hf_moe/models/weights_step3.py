@@ -57,9 +57,7 @@ class SplitStacks(ConversionOps):
 
 def stack_converters() -> list[WeightConverter]:
     """The converters of the expert stacks, as Transformers' loader takes them."""
-    return [
-        WeightConverter(list(parts), target, operations=[FuseStacks()]) for target, parts in FUSED_STACKS.items()
-    ]
+    return [WeightConverter(list(parts), target, operations=[FuseStacks()]) for target, parts in FUSED_STACKS.items()]
 
 
 def vision_renamings() -> list[WeightRenaming]:
@@ -69,9 +67,7 @@ def vision_renamings() -> list[WeightRenaming]:
     """
     moved = {prefix: f"model.{prefix}" for prefix in VISION_PREFIXES}
     moved |= {f"model.{prefix}": f"model.language_model.{prefix}" for prefix in TEXT_PREFIXES}
-    return [
-        WeightRenaming("^" + re.escape(f"{source}."), f"{target}.") for source, target in moved.items()
-    ]
+    return [WeightRenaming("^" + re.escape(f"{source}."), f"{target}.") for source, target in moved.items()]
 
 
 def stack_parts(parameter: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
