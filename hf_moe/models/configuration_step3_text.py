@@ -4,6 +4,8 @@ from typing import Any
 
 from .configuration_base import UpstreamConfig, choose
 
+# Keys of a vision configuration that hold for its text part, too.
+_OUTER_KEYS = ("quantization_config", "torch_dtype", "dtype")
 # The released model: layers 0 to 3 and 60 are dense.
 _DEFAULT_MOE_LAYERS = ",".join(map(str, range(4, 60)))
 
@@ -119,6 +121,16 @@ class Step3TextConfig(UpstreamConfig):
             )
         choose("head_dim % 2", self.head_dim % 2, (0,))
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs):
+        """As in Transformers. A vision file's outer keys that concern loading go along with its text part."""
+        fields, kwargs = super().get_config_dict(*args, **kwargs)
+        text = fields.get(cls.base_config_key)
+        if isinstance(text, dict):
+            outer = {key: fields[key] for key in _OUTER_KEYS if fields.get(key) is not None}
+            fields = {**fields, cls.base_config_key: {**outer, **text}}
+        return fields, kwargs
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether layer `layer_idx` has experts."""

@@ -88,7 +88,7 @@ class TopkRouter(nn.Module):
 
 
 class SoftmaxRouter(TopkRouter):
-    """Top-k router of Step3: softmax over all experts, the K largest, divided by their sum where `norm_topk_prob` is set.
+    """Top-k router of Step3: softmax over all experts, the K largest, divided by their sum if `norm_topk_prob` is set.
 
     Inputs, outputs and statistics are those of `TopkRouter`. Unlike V2's, a single choice is normalised, too.
     """

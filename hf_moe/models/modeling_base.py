@@ -117,6 +117,11 @@ class MoePreTrainedModel(PreTrainedModel):
                     "Is this the tokenizer of this model?"
                 )
 
+    @classmethod
+    def own_config(cls, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The part of `config` that this class reads: all of it, unless a family has composite configurations."""
+        return config
+
     # --- expert tensors: families that name them otherwise override these ---------------------------------------
 
     experts_key = "n_routed_experts"  # the configuration's name for the number of experts, for messages
@@ -234,6 +239,7 @@ class MoePreTrainedModel(PreTrainedModel):
             if not isinstance(config, PreTrainedConfig) and not os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
                 config, kwargs = _read_config(cls, path if config is None else config, kwargs)
         if isinstance(config, PreTrainedConfig):
+            config = cls.own_config(config)
             config, quantization_config = _split_quantization(
                 config, kwargs.pop("quantization_config", None), kwargs.pop("dequantize", False)
             )

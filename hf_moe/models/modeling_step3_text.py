@@ -4,9 +4,12 @@ Parameter names are those of the upstream checkpoints, apart from the experts, w
 The text part of a vision checkpoint loads as it is: its vision tensors are left in the file.
 """
 
+import copy
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -97,6 +100,18 @@ class Step3TextPreTrainedModel(MoePreTrainedModel):
         "attentions": MultiMatrixAttention,
         "router_logits": OutputRecorder(SoftmaxRouter, index=0),
     }
+
+    @classmethod
+    def own_config(cls, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The text part of a vision configuration, with what that says about the stored format."""
+        text = getattr(config, "text_config", None)
+        if text is None:
+            return config
+        text = copy.deepcopy(text)
+        for key in ("quantization_config", "dtype"):
+            if getattr(text, key, None) is None and getattr(config, key, None) is not None:
+                setattr(text, key, getattr(config, key))
+        return text
 
     def upstream_parts(self, stem: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
         return stack_parts(stem, shape)
