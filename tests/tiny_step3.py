@@ -4,11 +4,14 @@ import copy
 
 import torch
 from tiny import randomize
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import hf_moe  # noqa: F401  registers the families
 from hf_moe.models.configuration_step3_text import Step3TextConfig
+from hf_moe.models.configuration_step3_vl import Step3VLConfig
 from hf_moe.models.modeling_step3_text import Step3TextForCausalLM
+from hf_moe.models.modeling_step3_vl import Step3VLForConditionalGeneration
+from hf_moe.models.processing_step3_vl import Step3VLProcessor
 
 # No two sizes are equal, so that a swapped dimension fails.
 TEXT = {
@@ -49,3 +52,63 @@ def seeded(model_class: type, config, dtype: torch.dtype = torch.float32, seed: 
 def text_model(attn_implementation: str | None = None, dtype: torch.dtype = torch.float32, **overrides):
     """The tiny text model with a head."""
     return seeded(Step3TextForCausalLM, text_config(**overrides), dtype, attn_implementation=attn_implementation)
+
+
+# --- vision -----------------------------------------------------------------------------------------------------------
+
+SPECIAL = [
+    "<|BOT|>",
+    "<|EOT|>",
+    "<im_patch>",
+    "<im_start>",
+    "<im_end>",
+    "<patch_start>",
+    "<patch_end>",
+    "<patch_newline>",
+    "<think>",
+    "</think>",
+]
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "output_hidden_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 48,
+    "patch_size": 4,
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character, and Step3's special tokens behind them."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = {"<s>": 0, "</s>": 1, "<pad>": 2} | {chr(32 + index): 3 + index for index in range(95)} | {"\n": 98}
+    base = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    base.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    base.decoder = decoders.Fuse()
+    base.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=base, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+
+
+def vl_config(text: dict | None = None, vision: dict | None = None, **overrides) -> Step3VLConfig:
+    """The tiny configuration with vision: views of 48 pixels with 9 features, crops of 32 with 4."""
+    text_fields = {**TEXT, "vocab_size": 120, "max_position_embedding": 4096, **(text or {})}
+    return Step3VLConfig(
+        text_config=copy.deepcopy(text_fields),
+        vision_config={**VISION, **(vision or {})},
+        **{"image_token_id": 99 + SPECIAL.index("<im_patch>"), "understand_projector_stride": 2, **overrides},
+    )
+
+
+def vl_model(attn_implementation: str | None = None, dtype: torch.dtype = torch.float32, **overrides):
+    """The tiny model with vision and a head."""
+    config = vl_config(**overrides)
+    return seeded(Step3VLForConditionalGeneration, config, dtype, attn_implementation=attn_implementation)
+
+
+def processor() -> Step3VLProcessor:
+    """The processor of the tiny model."""
+    return Step3VLProcessor.from_config(vl_config(), tokenizer())
