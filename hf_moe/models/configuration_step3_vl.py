@@ -1,4 +1,4 @@
-"""Configuration of the Step3 vision-language model (model type `step3_vl`): text part, vision tower and what joins them."""
+"""Configuration of Step3 with vision (model type `step3_vl`): the text part, the vision tower and what joins them."""
 
 from typing import Any
 

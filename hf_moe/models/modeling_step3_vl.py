@@ -43,7 +43,7 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Full attention without a mask: (N, heads, T, d) each; softmax in float32. Returns (N, T, heads, d) and weights."""
+    """Full attention without a mask: (N, heads, T, d) each; softmax in float32. Returns (N, T, heads, d), weights."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
@@ -287,9 +287,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
         if crops:
             cropped = self._project(self.vision_model(patch_pixel_values, return_dict=True).last_hidden_state)
             pieces = cropped.split(counts)
-            whole.pooler_output = tuple(
-                torch.cat((piece.flatten(0, 1), view)) for piece, view in zip(pieces, features)
-            )
+            whole.pooler_output = tuple(torch.cat((piece.flatten(0, 1), view)) for piece, view in zip(pieces, features))
         else:
             whole.pooler_output = tuple(features.unbind(0))
         return whole
@@ -505,7 +503,7 @@ class Step3VLForConditionalGeneration(Step3VLPreTrainedModel, GenerationMixin):
 
 
 class Step3VLForCausalLM(Step3TextForCausalLM, GenerationMixin):
-    """What `AutoModelForCausalLM` asks for a vision checkpoint: it gives a `Step3TextForCausalLM`, without the tower."""
+    """What `AutoModelForCausalLM` finds for a vision checkpoint: gives a `Step3TextForCausalLM`, without the tower."""
 
     config_class = Step3VLConfig
 
@@ -522,4 +520,10 @@ class Step3VLForCausalLM(Step3TextForCausalLM, GenerationMixin):
         return Step3TextForCausalLM._from_config(Step3TextForCausalLM.own_config(config), **kwargs)
 
 
-__all__ = ["Step3VLForCausalLM", "Step3VLForConditionalGeneration", "Step3VLModel", "Step3VLPreTrainedModel", "Step3VisionModel"]
+__all__ = [
+    "Step3VLForCausalLM",
+    "Step3VLForConditionalGeneration",
+    "Step3VLModel",
+    "Step3VLPreTrainedModel",
+    "Step3VisionModel",
+]

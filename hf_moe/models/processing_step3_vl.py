@@ -1,6 +1,5 @@
 """Text and pictures to Step3's inputs: the prompt with its placeholders, pixels, and the chat template."""
 
-import os
 from typing import Any
 
 from transformers.feature_extraction_utils import BatchFeature
@@ -148,9 +147,7 @@ class Step3VLProcessor(ProcessorMixin):
         Raises:
             ValueError: for another number of `<im_patch>` than of images, in any prompt, and without text.
         """
-        options = self._merge_kwargs(
-            Step3VLProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
-        )
+        options = self._merge_kwargs(Step3VLProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         if text is None:
             raise ValueError("Step3 needs a prompt: give `text` with one `<im_patch>` per image.")
         prompts = [text] if isinstance(text, str) else list(text)
