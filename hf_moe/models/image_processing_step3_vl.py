@@ -225,7 +225,9 @@ def _square(name: str, size: dict[str, int] | int) -> dict[str, int]:
 def _open(image: Any, index: int):
     """An image of any accepted kind as a Pillow image in RGB."""
     if not is_vision_available():
-        raise ImportError("Step3 needs Pillow to read images: `pip install pillow`.")
+        raise ImportError(
+            "Step3 needs Pillow to read images: `pip install pillow`, or install hf-moe with its `vision` extra."
+        )
     pil = image_utils.PIL
     name = repr(image) if isinstance(image, str) and len(image) < 300 else type(image).__name__
     try:

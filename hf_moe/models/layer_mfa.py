@@ -29,8 +29,10 @@ from .layer_linear import Linear
 from .layer_rope import rotate_halves
 from .op_mla import latent_scores, latent_sums
 
-# Under `"sdpa"`, up to so many new tokens against a cache take the rows order.
-_ROWS_MAX_TOKENS = 4
+# Under `"sdpa"`, up to so many new tokens against a cache take the rows order. Measured with 64 heads of 256 in
+# bfloat16 against 8,192 tokens, 2 cores: 1.4 against 157 ms for one, 37 against 68 ms for 16, and 243 against 335 ms
+# for 64, where the scores are 8 times the size of the cache.
+_ROWS_MAX_TOKENS = 16
 
 
 def shared_head_attention(

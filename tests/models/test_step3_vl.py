@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from checkpoints import (
+    REPOSITORY,
     assert_same_tensors,
     decode_checkpoint,
     edited_golden,
@@ -14,6 +15,7 @@ from checkpoints import (
     quantise_fp8,
     read_config,
     read_tensors,
+    run_python,
     write_checkpoint,
 )
 from PIL import Image
@@ -511,3 +513,12 @@ def test_processor_loads_beside_the_model(tmp_path):
     with torch.no_grad():
         logits = model(**build(images=pictures(), text=["<im_patch>" * 3], return_tensors="pt")).logits
     assert logits.isfinite().all()
+
+
+def test_example_from_a_picture_file_to_text(tmp_path):
+    pictures()[0].save(tmp_path / "photo.jpg")
+    example = (REPOSITORY / "examples" / "step3_image.py").read_text(encoding="utf-8")
+    arguments = ("--image", tmp_path / "photo.jpg", "--max-new-tokens", "4")
+    code = f"import sys\n__file__ = 'step3_image.py'\n{example}"
+    first, *text = run_python(code, *arguments).strip().splitlines()
+    assert "photo.jpg: " in first and "crops" in first and text
