@@ -13,7 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -21,11 +21,12 @@ from .configuration_step3_text import Step3TextConfig
 from .layer_cache import adopt_growing_layers
 from .layer_dense import GatedMLP, RMSNorm
 from .layer_experts import Experts
-from .layer_linear import Linear
+from .layer_head import LMHead
 from .layer_mfa import MultiMatrixAttention
 from .layer_rope import RotaryEmbedding
 from .layer_router import SoftmaxRouter
 from .modeling_base import MoePreTrainedModel
+from .modeling_causal_lm import CausalLMMixin, MTPCausalLMOutputWithPast
 from .weights_step3 import VISION_PREFIXES, register_step3_conversions, stack_parts
 
 
@@ -194,7 +195,7 @@ class Step3TextModel(Step3TextPreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-class Step3TextForCausalLM(Step3TextPreTrainedModel, GenerationMixin):
+class Step3TextForCausalLM(CausalLMMixin, Step3TextPreTrainedModel, GenerationMixin):
     """The decoder with a language model head. Reads text checkpoints, and vision checkpoints without their tower."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -206,7 +207,7 @@ class Step3TextForCausalLM(Step3TextPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = Step3TextModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -220,36 +221,35 @@ class Step3TextForCausalLM(Step3TextPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> MTPCausalLMOutputWithPast:
         """Runs the model and its head.
 
         Args beyond those of `Step3TextModel.forward`:
             labels: (batch, seq); -100 is ignored. `num_items_in_batch` among the keyword arguments divides the sum of
                 the token losses, as Trainer asks with gradient accumulation.
             logits_to_keep: compute logits for the last so many positions (0: all), or for the positions in a tensor.
+                The loss is that of all labels, which may be given for the last positions alone.
+            skip_logits: True leaves `logits` out, False computes them at once. Left open, a training step with labels
+                computes them when they are read, from the states: the loss needs no more than a piece at a time.
+
+        Raises:
+            ValueError: for labels of another shape, and for `skip_logits` without labels.
+            IndexError: for labels outside of the vocabulary.
         """
-        outputs = self.model(
+        return self.run_with_head(
+            labels,
+            logits_to_keep,
+            skip_logits,
+            False,
+            past_key_values,
             input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return MoeCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
         )
 
 

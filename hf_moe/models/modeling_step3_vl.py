@@ -17,15 +17,16 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_step3_text import Step3TextConfig
 from .configuration_step3_vl import CLASS_TOKENS, Step3VisionConfig, Step3VLConfig
-from .layer_linear import Linear
+from .layer_head import LMHead
 from .modeling_base import MoePreTrainedModel
+from .modeling_causal_lm import CausalLMMixin, DeferredCausalLMOutput, MTPCausalLMOutputWithPast
 from .modeling_step3_text import Step3TextForCausalLM, Step3TextModel
 from .weights_step3 import stack_parts
 
@@ -222,8 +223,15 @@ class Step3VLModelOutputWithPast(MoeModelOutputWithPast):
 
 
 @dataclass
-class Step3VLCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """Transformers' output with `image_hidden_states`, (placeholders, H): the features in the text's order."""
+class Step3VLCausalLMOutputWithPast(MTPCausalLMOutputWithPast):
+    """The output of our language models with `image_hidden_states`, (placeholders, H)."""
+
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class Step3VLDeferredCausalLMOutput(DeferredCausalLMOutput):
+    """The same for a training step, whose logits are computed when they are read."""
 
     image_hidden_states: torch.FloatTensor | None = None
 
@@ -378,18 +386,20 @@ class Step3VLModel(Step3VLPreTrainedModel):
         return Step3VLModelOutputWithPast(**outputs, image_hidden_states=image_embeds)
 
 
-class Step3VLForConditionalGeneration(Step3VLPreTrainedModel, GenerationMixin):
+class Step3VLForConditionalGeneration(CausalLMMixin, Step3VLPreTrainedModel, GenerationMixin):
     """Step3 with vision and a language model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    output_class = Step3VLCausalLMOutputWithPast
+    deferred_output_class = Step3VLDeferredCausalLMOutput
 
     def __init__(self, config: Step3VLConfig):
         super().__init__(config)
         self.model = Step3VLModel(config)
-        self.lm_head = Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = LMHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -418,38 +428,31 @@ class Step3VLForConditionalGeneration(Step3VLPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs,
     ) -> Step3VLCausalLMOutputWithPast:
         """Runs the model and its head. Arguments are those of `Step3VLModel.forward` and, as in
-        `Step3TextForCausalLM.forward`, `labels` and `logits_to_keep`."""
-        outputs = self.model(
+        `Step3TextForCausalLM.forward`, `labels`, `logits_to_keep` and `skip_logits`."""
+        return self.run_with_head(
+            labels,
+            logits_to_keep,
+            skip_logits,
+            False,
+            past_key_values,
             input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
             pixel_values=pixel_values,
             patch_pixel_values=patch_pixel_values,
             num_patches=num_patches,
             image_embeds=image_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            vocab_size = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        return Step3VLCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+
+    def extra_outputs(self, outputs: Step3VLModelOutputWithPast) -> dict[str, torch.Tensor | None]:
+        return {"image_hidden_states": outputs.image_hidden_states}
 
     # --- generation -------------------------------------------------------------------------------------------------
 
