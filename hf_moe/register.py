@@ -38,5 +38,8 @@ def register() -> None:
             model_class.register_for_auto_class(auto_name)
         for auto_name, class_reference in getattr(config_class, "processor_code_map", {}).items():
             processor_class = load_class(class_reference)
-            getattr(models.auto, auto_name).register(config_class, processor_class, exist_ok=True)
             processor_class.register_for_auto_class(auto_name)
+            try:
+                getattr(models.auto, auto_name).register(config_class, processor_class, exist_ok=True)
+            except ImportError:  # AutoImageProcessor without Pillow; before Transformers 5.20 without torchvision
+                continue

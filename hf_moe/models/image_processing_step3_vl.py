@@ -101,6 +101,10 @@ class Step3VLImageProcessor(BaseImageProcessor):
         max_image_size: longer sides are scaled down to this first.
         do_crop: whether there are crops at all.
         image_mean, image_std: normalisation of pixel values in 0..1, per channel.
+
+    Raises:
+        ImportError: without Pillow.
+        ValueError: for a size that is no square.
     """
 
     model_input_names = ["pixel_values", "patch_pixel_values", "num_patches", "patch_newline_mask"]
@@ -115,6 +119,7 @@ class Step3VLImageProcessor(BaseImageProcessor):
         image_std: list[float] | tuple[float, ...] = _STD,
         **kwargs,
     ):
+        _require_pillow()
         super().__init__(**kwargs)
         self.size = _square("size", 728 if size is None else size)
         self.crop_size = _square("crop_size", 504 if crop_size is None else crop_size)
@@ -147,7 +152,6 @@ class Step3VLImageProcessor(BaseImageProcessor):
             patch_newline_mask: (all crops,) bool.
 
         Raises:
-            ImportError: without Pillow.
             ValueError: for no images, an unreadable one and an empty one.
         """
         options = {name: kwargs[name] for name in _OPTIONS if kwargs.get(name) is not None}
@@ -222,12 +226,16 @@ def _square(name: str, size: dict[str, int] | int) -> dict[str, int]:
     return {"height": side, "width": side}
 
 
-def _open(image: Any, index: int):
-    """An image of any accepted kind as a Pillow image in RGB."""
+def _require_pillow() -> None:
     if not is_vision_available():
         raise ImportError(
             "Step3 needs Pillow to read images: `pip install pillow`, or install hf-moe with its `vision` extra."
         )
+
+
+def _open(image: Any, index: int):
+    """An image of any accepted kind as a Pillow image in RGB."""
+    _require_pillow()
     pil = image_utils.PIL
     name = repr(image) if isinstance(image, str) and len(image) < 300 else type(image).__name__
     try:

@@ -116,18 +116,24 @@ class Step3VLProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As in Transformers. A folder without a processor file gets what its configuration asks for."""
+        """As in Transformers. A folder without a processor file gets what its configuration asks for.
+
+        The parts are loaded here, not through `AutoImageProcessor`, which in some releases needs torchvision.
+        """
         path = pretrained_model_name_or_path
         fetch = {name: kwargs[name] for name in _FETCH_ARGUMENTS if kwargs.get(name) is not None}
+        trust = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
+        tokenizer = AutoTokenizer.from_pretrained(path, **fetch, **trust)
         quiet = {
             "_raise_exceptions_for_gated_repo": False,
             "_raise_exceptions_for_missing_entries": False,
             "_raise_exceptions_for_connection_errors": False,
         }
         if any(cached_file(path, name, **fetch, **quiet) is not None for name in _PROCESSOR_FILES):
-            return super().from_pretrained(path, **kwargs)
-        config = Step3VLConfig.from_pretrained(path, **fetch)
-        return cls.from_config(config, AutoTokenizer.from_pretrained(path, **fetch))
+            image_processor = Step3VLImageProcessor.from_pretrained(path, **fetch)
+            fields, kwargs = cls.get_processor_dict(path, **kwargs)
+            return cls.from_args_and_dict([image_processor, tokenizer], fields, **kwargs)
+        return cls.from_config(Step3VLConfig.from_pretrained(path, **fetch), tokenizer)
 
     @property
     def model_input_names(self) -> list[str]:

@@ -200,8 +200,9 @@ def test_damaged_files(form, tmp_path):
 
 def test_missing_pillow_is_one_clear_error(monkeypatch):
     monkeypatch.setattr(image_processing_step3_vl, "is_vision_available", lambda: False)
-    with pytest.raises(ImportError, match="pip install pillow"):
-        SMALL(torch.zeros(4, 4))
+    for use in (Step3VLImageProcessor, lambda: SMALL(torch.zeros(4, 4))):
+        with pytest.raises(ImportError, match="pip install pillow"):
+            use()
 
 
 @pytest.mark.parametrize("size", [{"height": 4, "width": 5}, {"height": 0, "width": 0}, {"longest_edge": 9}, -3])
@@ -342,7 +343,8 @@ def test_round_trip_through_files(tiny, tmp_path):
     assert type(again) is Step3VLProcessor and again.chat_template == tiny.chat_template
     assert (again.image_token_len, again.patch_token_len) == (9, 4)
     assert again.image_processor.to_dict() == tiny.image_processor.to_dict()
-    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is Step3VLImageProcessor
+    if type(AutoImageProcessor).__name__ != "DummyObject":  # older Transformers have none without torchvision
+        assert type(AutoImageProcessor.from_pretrained(tmp_path)) is Step3VLImageProcessor
     names = {path.name for path in tmp_path.glob("*.py")}
     assert {"processing_step3_vl.py", "image_processing_step3_vl.py", "configuration_step3_vl.py"} <= names
 
