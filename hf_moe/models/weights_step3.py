@@ -2,6 +2,7 @@
 
 Upstream: `moe.gate_proj.weight` (E, I, H), `moe.up_proj.weight` (E, I, H), `moe.down_proj.weight` (E, H, I).
 In memory: `moe.experts.gate_up_proj` (E, 2I, H), gate rows first, and `moe.experts.down_proj` (E, H, I).
+Scales of block FP8 weights, `<weight>_scale_inv` upstream, are fused in the same way under `<parameter>_scale_inv`.
 """
 
 import re
@@ -10,7 +11,7 @@ import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
-from .weights_experts import StackExperts
+from .weights_experts import StackExperts, with_scale_converters
 
 # Fused parameter to the upstream stacks that are concatenated into it, in order, along the rows of each expert.
 FUSED_STACKS = {
@@ -56,8 +57,10 @@ class SplitStacks(ConversionOps):
 
 
 def stack_converters() -> list[WeightConverter]:
-    """The converters of the expert stacks, as Transformers' loader takes them."""
-    return [WeightConverter(list(parts), target, operations=[FuseStacks()]) for target, parts in FUSED_STACKS.items()]
+    """The converters of the expert stacks and of their scales, as Transformers' loader takes them."""
+    return with_scale_converters(
+        WeightConverter(list(parts), target, operations=[FuseStacks()]) for target, parts in FUSED_STACKS.items()
+    )
 
 
 def vision_renamings() -> list[WeightRenaming]:

@@ -13,13 +13,21 @@ from checkpoints import (
     edited_golden,
     golden,
     max_difference,
+    quantise_fp8,
     read_config,
     read_tensors,
 )
 from testing import GOLDENS, assert_close, assert_golden, load_golden
 from tiny import left_padded, random_ids
 from tiny_step3 import text_config, text_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    FineGrainedFP8Config,
+    GenerationConfig,
+    StaticCache,
+)
 
 from hf_moe.models import layer_mfa
 from hf_moe.models.layer_dense import RMSNorm
@@ -109,7 +117,8 @@ def test_saved_copy_in_shards(case, tmp_path):
 def test_weights_rounded_to_bfloat16_are_another_golden():
     """Dequantising to bfloat16 rounds once more, and its values are known, too."""
     expected = load_golden("step3_fp8")[0]
-    model = AutoModelForCausalLM.from_pretrained(golden("step3_fp8"), dtype=torch.bfloat16).float().eval()
+    model = AutoModelForCausalLM.from_pretrained(golden("step3_fp8"), dtype=torch.bfloat16, dequantize=True)
+    model = model.float().eval()
     padding = expected["attention_mask"].bool().logical_not().unsqueeze(-1)
     logits = run(model, expected)[0].logits.masked_fill(padding, 0.0)
     assert max_difference(logits, expected["logits_if_dequantised_to_bf16"]) < 1e-4
@@ -178,10 +187,36 @@ def test_round_trip_is_bitwise(case, shards, tmp_path):
     assert_same_tensors(read_tensors(tmp_path / "again"), read_tensors(golden(case)))
 
 
-def test_fp8_stacks_are_decoded_block_by_block():
+def test_fp8_stays_fp8_and_goes_back_bit_for_bit(tmp_path):
+    """Fused stacks of values and of scales, gate before up, each expert with a grid of its own."""
+    tensors = read_tensors(golden("step3_fp8"))
+    model, info = AutoModelForCausalLM.from_pretrained(golden("step3_fp8"), output_loading_info=True)
+    assert not any(info.values()), info
+    experts = model.model.layers[1].moe.experts
+    assert experts.gate_up_proj.dtype == torch.float8_e4m3fn and experts.gate_up_proj.shape == (8, 320, 192)
+    assert experts.gate_up_proj_scale_inv.shape == (8, 4, 2) and experts.down_proj_scale_inv.shape == (8, 2, 2)
+    for half, name in enumerate(("gate", "up")):
+        stem = f"model.layers.1.moe.{name}_proj.weight"
+        values = experts.gate_up_proj.detach().chunk(2, dim=1)[half]
+        assert_same_bits(stem, values, tensors[stem])
+        scales = experts.gate_up_proj_scale_inv.detach().chunk(2, dim=1)[half]
+        assert_same_bits(stem, scales, tensors[f"{stem}_scale_inv"])
+    kept = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
+    assert {"lm_head.weight", "model.layers.1.moe.gate.weight", "model.embed_tokens.weight"} <= kept
+    model.save_pretrained(tmp_path, max_shard_size="500KB")
+    assert_same_tensors(read_tensors(tmp_path), tensors)
+    quantisation = read_config(golden("step3_fp8"))["quantization_config"]
+    assert read_config(tmp_path)["quantization_config"] == quantisation
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["on_load", "after_loading"])
+def test_fp8_stacks_are_decoded_block_by_block(late, tmp_path):
     """Against the format's definition, a block grid per expert; edge blocks on both sides."""
     tensors = read_tensors(golden("step3_fp8"))
-    state = AutoModelForCausalLM.from_pretrained(golden("step3_fp8"), dtype=torch.float32).state_dict()
+    model = AutoModelForCausalLM.from_pretrained(golden("step3_fp8"), dtype=torch.float32, dequantize=not late)
+    if late:
+        model.dequantize(torch.float32)
+    state = model.state_dict()
     for expert in (0, 7):
         parts = []
         for name in ("gate", "up"):
@@ -190,13 +225,27 @@ def test_fp8_stacks_are_decoded_block_by_block():
         assert_same_bits("gate_up", state["model.layers.1.moe.experts.gate_up_proj"][expert], torch.cat(parts).float())
     name = "model.layers.0.self_attn.wq.weight"
     assert_same_bits(name, state[name], decode_fp8(tensors[name], tensors[f"{name}_scale_inv"]).float())
-
-
-def test_quantization_config_inside_a_plain_config_is_read_once(tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(golden("step3_fp8"), dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in read_config(tmp_path)
     assert not any(name.endswith("scale_inv") for name in read_tensors(tmp_path))
+
+
+def test_quantised_to_fp8_on_load(tmp_path):
+    """Stacks and matrices of a bfloat16 checkpoint, block by block, as the published FP8 file has them."""
+    request = FineGrainedFP8Config()
+    model = AutoModelForCausalLM.from_pretrained(golden("step3_text"), quantization_config=request)
+    model.save_pretrained(tmp_path)
+    written, upstream = read_tensors(tmp_path), read_tensors(golden("step3_text"))
+    linears = {"q_proj", "wq", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    quantised = {name for name, tensor in written.items() if tensor.dtype == torch.float8_e4m3fn}
+    assert quantised == {name for name in upstream if name.split(".")[-2] in linears}
+    name = "model.layers.2.moe.gate_proj.weight"
+    for expert in (0, 7):
+        values, scales = quantise_fp8(upstream[name][expert])
+        assert_same_bits("values", written[name][expert], values)
+        assert_same_bits("scales", written[f"{name}_scale_inv"][expert], scales)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same_tensors(again.state_dict(), model.state_dict())
 
 
 def test_base_model_loads_and_saves(tmp_path):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from checkpoints import (
     REPOSITORY,
+    assert_same_bits,
     assert_same_tensors,
-    decode_checkpoint,
+    decode_fp8,
     edited_golden,
     golden,
     max_difference,
@@ -291,22 +292,44 @@ def test_fp8_with_vision(auto_class, place, tmp_path):
     config = read_config(golden("step3_vl"))
     quantisation = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
     (config if place == "outer" else config["text_config"])["quantization_config"] = quantisation
-    model = auto_class.from_pretrained(write_checkpoint(tmp_path / "fp8", config, tensors), dtype=torch.float32)
+    folder = write_checkpoint(tmp_path / "fp8", config, tensors)
+    vision = auto_class is AutoModelForImageTextToText
+    kept = auto_class.from_pretrained(folder, dtype=torch.float32)
+    experts = kept.base_model.language_model.layers[1].moe.experts if vision else kept.model.layers[1].moe.experts
+    assert experts.gate_up_proj.dtype == experts.down_proj.dtype == torch.float8_e4m3fn
     plain = {}
     for name, tensor in tensors.items():
-        if tensor.dim() == 3 and name.endswith("weight"):
-            scales = tensors[f"{name}_scale_inv"]
-            parts = [decode_checkpoint({"x": w, "x_scale_inv": s})["x"] for w, s in zip(tensor, scales)]
-            plain[name] = torch.stack(parts)
-        elif not name.endswith("scale_inv"):
-            plain[name] = tensor
-    plain = {**plain, **decode_checkpoint({n: t for n, t in tensors.items() if t.dim() < 3})}
-    for part in (config, config["text_config"]):
+        scales = tensors.get(f"{name}_scale_inv")
+        if scales is None:
+            plain |= {} if name.endswith("scale_inv") else {name: tensor}
+        elif tensor.dim() == 3:
+            plain[name] = torch.stack([decode_fp8(*pair) for pair in zip(tensor, scales)]).float()
+        else:
+            plain[name] = decode_fp8(tensor, scales).float()
+    without = copy.deepcopy(config)
+    for part in (without, without["text_config"]):
         part.pop("quantization_config", None)
-    other = auto_class.from_pretrained(write_checkpoint(tmp_path / "plain", config, plain), dtype=torch.float32)
-    assert_same_tensors(model.state_dict(), other.state_dict())
-    model.save_pretrained(tmp_path / "saved")
-    written = read_config(tmp_path / "saved")
+    other = auto_class.from_pretrained(write_checkpoint(tmp_path / "plain", without, plain), dtype=torch.float32)
+    decoded = auto_class.from_pretrained(folder, dtype=torch.float32, dequantize=True)
+    assert_same_tensors(decoded.state_dict(), other.state_dict())
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        assert_close("logits", kept.eval()(ids).logits, other.eval()(ids).logits, "float32")
+    kept.save_pretrained(tmp_path / "kept")
+    written = read_config(tmp_path / "kept")
+    if vision:
+        part = written if place == "outer" else written["text_config"]
+        assert part["quantization_config"] == quantisation
+        part.pop("quantization_config")
+        assert "quantization_config" not in written and "quantization_config" not in written["text_config"]
+    else:
+        assert written["quantization_config"] == quantisation
+    fp8 = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers") and "norm" not in name}
+    saved = read_tensors(tmp_path / "kept")
+    for name in (name for name in fp8 if f"{name}_scale_inv" in fp8 or name.endswith("scale_inv")):
+        assert_same_bits(name, saved[name], fp8[name])
+    decoded.save_pretrained(tmp_path / "decoded")
+    written = read_config(tmp_path / "decoded")
     assert "quantization_config" not in written and "quantization_config" not in written.get("text_config", {})
 
 
