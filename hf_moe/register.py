@@ -10,6 +10,8 @@ FAMILIES = {
     "deepseek_v2": "configuration_deepseek_v2.DeepseekV2Config",
     "deepseek_v3": "configuration_deepseek_v3.DeepseekV3Config",
     "kimi_k2": "configuration_kimi_k2.KimiK2Config",
+    "step3_text": "configuration_step3_text.Step3TextConfig",
+    "step3_vl": "configuration_step3_vl.Step3VLConfig",
 }
 
 
@@ -34,3 +36,10 @@ def register() -> None:
             model_class = load_class(class_reference)
             getattr(models.auto, auto_name).register(config_class, model_class, exist_ok=True)
             model_class.register_for_auto_class(auto_name)
+        for auto_name, class_reference in getattr(config_class, "processor_code_map", {}).items():
+            processor_class = load_class(class_reference)
+            processor_class.register_for_auto_class(auto_name)
+            try:
+                getattr(models.auto, auto_name).register(config_class, processor_class, exist_ok=True)
+            except ImportError:  # AutoImageProcessor without Pillow; before Transformers 5.20 without torchvision
+                continue

@@ -29,6 +29,8 @@ FLOORS = {
     "generation": 4,
     "configuration": 0,
     "modeling": 5,
+    "image": 0,
+    "processing": 1,
 }
 # Beyond the order of the floors: who may not know whom.
 FORBIDDEN = {
@@ -40,9 +42,17 @@ FORBIDDEN = {
     "configuration": {"triton_compat"},
     "generation": {"configuration"},
     "modeling": {"kernel", "triton_compat"},
+    "image": {"configuration", "triton_compat"},
+    "processing": {"triton_compat", "kernel"},
 }
 # Modeling files of one family may subclass those of another only here.
-SUBCLASSES = {"modeling_kimi_k2": {"modeling_deepseek_v3"}, "modeling_deepseek_v2": {"modeling_deepseek_v3"}}
+SUBCLASSES = {
+    "modeling_kimi_k2": {"modeling_deepseek_v3"},
+    "modeling_deepseek_v2": {"modeling_deepseek_v3"},
+    # The vision model holds the text model.
+    "modeling_step3_vl": {"modeling_step3_text", "configuration_step3_text"},
+    "configuration_step3_vl": {"configuration_step3_text"},
+}
 MAX_FILE_LINES = 700
 MAX_FUNCTION_LINES = 100
 
@@ -148,6 +158,15 @@ def test_settings_are_not_read_from_the_environment(path):
 
 
 # --- the table of families --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", register.FAMILIES)
+def test_processors_are_shipped_and_registered(model_type):
+    config_class = register.load_class(register.FAMILIES[model_type])
+    for auto_name, reference in getattr(config_class, "processor_code_map", {}).items():
+        loaded = register.load_class(reference)
+        assert loaded._auto_class == auto_name
+        assert loaded.__name__ in sys.modules[loaded.__module__].__all__, reference
 
 
 @pytest.mark.parametrize("model_type", register.FAMILIES)

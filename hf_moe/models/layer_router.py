@@ -87,6 +87,28 @@ class TopkRouter(nn.Module):
         return topk_scores * self.routed_scaling_factor
 
 
+class SoftmaxRouter(TopkRouter):
+    """Top-k router of Step3: softmax over all experts, the K largest, divided by their sum if `norm_topk_prob` is set.
+
+    Inputs, outputs and statistics are those of `TopkRouter`. Unlike V2's, a single choice is normalised, too.
+    """
+
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.top_k = config.num_experts_per_tok
+        self.num_experts = config.n_routed_experts
+        self.hidden_size = config.hidden_size
+        self.num_group = self.topk_group = 1
+        self.topk_method, self.scoring_func = "greedy", "softmax"
+        self.norm_topk_prob = config.norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
+        self.e_score_correction_bias = None
+        self._last_topk_indices: torch.Tensor | None = None
+
+    def _weigh(self, topk_scores: torch.Tensor) -> torch.Tensor:
+        return topk_scores / topk_scores.sum(-1, keepdim=True) if self.norm_topk_prob else topk_scores
+
+
 def _no_autocast(device_type: str):
     """Routes and their weights stay in float32 under mixed precision, too."""
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):

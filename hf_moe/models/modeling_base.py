@@ -100,6 +100,41 @@ class MoePreTrainedModel(PreTrainedModel):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
 
+    def _check_token_ids(self, input_ids: torch.LongTensor) -> None:
+        """Raises `IndexError` for token ids outside of the vocabulary."""
+        # On an accelerator the check waits for the device: there only prompts are checked, not training or decoding.
+        on_cpu = input_ids.device.type == "cpu"
+        is_prompt = input_ids.shape[-1] > 1 and not self.training
+        if torch.compiler.is_compiling() or input_ids.device.type == "meta" or input_ids.numel() == 0:
+            return
+        capturing = input_ids.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if on_cpu or (is_prompt and not capturing):
+            low, high = (bound.item() for bound in input_ids.aminmax())
+            entries = self.get_input_embeddings().num_embeddings
+            if low < 0 or high >= entries:
+                raise IndexError(
+                    f"`input_ids` holds token ids from {low} to {high}, but the vocabulary has {entries} entries. "
+                    "Is this the tokenizer of this model?"
+                )
+
+    @classmethod
+    def own_config(cls, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The part of `config` that this class reads: all of it, unless a family has composite configurations."""
+        return config
+
+    # --- expert tensors: families that name them otherwise override these ---------------------------------------
+
+    experts_key = "n_routed_experts"  # the configuration's name for the number of experts, for messages
+
+    def checkpoint_stem(self, name: str) -> str:
+        """What a parameter's name and its name in a file have in common."""
+        return _stem(name)
+
+    def upstream_parts(self, stem: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+        """Stems and shapes of the upstream tensors that a fused parameter is made of; nothing for any other one."""
+        parts = upstream_parts(stem, shape[0]) if shape else ()
+        return [(part, (shape[1] // share, shape[2])) for part, share in parts]
+
     # --- MTP layers: families that have them override these -----------------------------------------------------
 
     def resize_mtp_layers(self, count: int) -> None:
@@ -204,6 +239,7 @@ class MoePreTrainedModel(PreTrainedModel):
             if not isinstance(config, PreTrainedConfig) and not os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
                 config, kwargs = _read_config(cls, path if config is None else config, kwargs)
         if isinstance(config, PreTrainedConfig):
+            config = cls.own_config(config)
             config, quantization_config = _split_quantization(
                 config, kwargs.pop("quantization_config", None), kwargs.pop("dequantize", False)
             )
@@ -377,7 +413,7 @@ def _store_fp8(
 
 def _fit_model(model: MoePreTrainedModel, tensors: dict[str, Any], options: dict[str, Any]) -> None:
     """Checks a checkpoint against the empty model, and gives the model the MTP layers that the checkpoint holds."""
-    names = {_stem(name): name for name in tensors}
+    names = {model.checkpoint_stem(name): name for name in tensors}
     count = model.count_mtp_layers(set(names))
     model.resize_mtp_layers(count)
     for duplicate, original in model.mtp_duplicates().items():
@@ -389,31 +425,31 @@ def _fit_model(model: MoePreTrainedModel, tensors: dict[str, Any], options: dict
     shared = {re.escape(_stem(duplicate)) for duplicate in model.mtp_duplicates()}
     model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | shared
 
-    num_experts, missing = model.config.n_routed_experts, []
+    num_experts, missing = model.config.get_text_config().n_routed_experts, []
     for name in names.values():
         if (expert_index(name) or 0) >= num_experts:
             raise CheckpointError(
-                f"The checkpoint has {name}, but config.json says `n_routed_experts={num_experts}`: one is wrong."
+                f"The checkpoint has {name}, but config.json says `{model.experts_key}={num_experts}`: one is wrong."
             )
     for parameter, tensor in model.state_dict().items():
-        stem = _stem(parameter)
-        parts = list(upstream_parts(stem, num_experts))
+        stem = model.checkpoint_stem(parameter)
+        parts = model.upstream_parts(stem, tuple(tensor.shape))
         if not parts or stem in names:  # not an expert, or already fused
             _check_shape(names.get(stem), tensors, tuple(tensor.shape), options)
             if stem not in names and model.is_mtp_tensor(stem):
                 missing.append(stem)
             continue
-        for part, share in parts:
+        for part, shape in parts:
             if part not in names:
                 missing.append(part)
             else:
-                _check_shape(names[part], tensors, (tensor.shape[1] // share, tensor.shape[2]), options)
+                _check_shape(names[part], tensors, shape, options)
     if missing:
         source = options["source"] or "The checkpoint"
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
             f"{source}: tensor model.{missing[0]}{more} missing. They would be newly initialised; complete the "
-            f"checkpoint, or correct config.json (`n_routed_experts={num_experts}`)."
+            f"checkpoint, or correct config.json (`{model.experts_key}={num_experts}`)."
         )
 
 

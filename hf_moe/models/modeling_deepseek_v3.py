@@ -241,21 +241,6 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             **kwargs,
         )
 
-    def _check_token_ids(self, input_ids: torch.LongTensor) -> None:
-        # On an accelerator the check waits for the device: there only prompts are checked, not training or decoding.
-        on_cpu = input_ids.device.type == "cpu"
-        is_prompt = input_ids.shape[-1] > 1 and not self.training
-        if torch.compiler.is_compiling() or input_ids.device.type == "meta" or input_ids.numel() == 0:
-            return
-        capturing = input_ids.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if on_cpu or (is_prompt and not capturing):
-            low, high = (bound.item() for bound in input_ids.aminmax())
-            if low < 0 or high >= self.embed_tokens.num_embeddings:
-                raise IndexError(
-                    f"`input_ids` holds token ids from {low} to {high}, but the vocabulary has "
-                    f"{self.embed_tokens.num_embeddings} entries. Is this the tokenizer of this model?"
-                )
-
     def _choose_order(self, inputs_embeds, attention_mask, past_key_values) -> bool:
         """Whether this call evaluates attention in the absorbed order."""
         if self.config.mla_mode != "auto":

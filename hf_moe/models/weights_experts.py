@@ -26,6 +26,8 @@ FUSED_EXPERTS = {
 SCALE_SUFFIX = "_scale_inv"
 
 _EXPERT_PART = re.compile(r"mlp\.experts\.(\d+)\.(?:gate|up|down)_proj\.weight(?:_scale_inv)?$")
+# All experts of a layer in one tensor, as in Step3.
+_EXPERT_STACK = re.compile(r"\.moe\.(?:gate|up|down)_proj\.weight(?:_scale_inv)?$")
 _READERS = min(4, os.cpu_count() or 1)
 
 
@@ -121,7 +123,10 @@ def upstream_parts(parameter: str, num_experts: int) -> Iterator[tuple[str, int]
 
 def defer_experts(tensors: dict[str, Any]) -> dict[str, Any]:
     """The same tensors, those of experts as notes that `StackExperts` reads into place."""
-    return {name: DeferredTensor(tensor) if _EXPERT_PART.search(name) else tensor for name, tensor in tensors.items()}
+    return {
+        name: DeferredTensor(tensor) if _EXPERT_PART.search(name) or _EXPERT_STACK.search(name) else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def expert_index(name: str) -> int | None:

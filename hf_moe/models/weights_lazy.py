@@ -4,7 +4,7 @@ A quantised matrix is two or three tensors in the file. `plain_tensors` shows it
 object with the interface of a safetensors slice, so that loading, sharding and casting go on as for a plain file.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,11 @@ class LazyTensor:
 
     def __getitem__(self, index) -> torch.Tensor:
         return self.entry.read()[index]
+
+    def unbind(self, dim: int = 0) -> list["LazyTensor"]:
+        """The slices along the first dimension, unread."""
+        assert dim == 0
+        return [LazyTensor(entry) for entry in self.entry.unbind()]
 
     def read_into(self, target: torch.Tensor) -> None:
         """Fills `target`, of the same shape; directly where dtype and device allow."""
@@ -72,6 +77,12 @@ class Fp8Weight(DecodedTensor):
 
     def decode(self) -> torch.Tensor:
         return dequantize_block_fp8(self.weight.read(), self.weight_scale_inv.read(), self.block_size, self.parts)
+
+    def unbind(self, dim: int = 0) -> list["Fp8Weight"]:
+        """The matrices of a stack, unread."""
+        assert dim == 0
+        pairs = zip(self.weight.unbind(), self.weight_scale_inv.unbind())
+        return [Fp8Weight(weight, scale, self.block_size, self.parts) for weight, scale in pairs]
 
     def stored(self) -> tuple[LazyTensor, LazyTensor]:
         """The FP8 values and the scales."""
@@ -131,6 +142,13 @@ class QuantizedPart(DecodedTensor):
     def decode(self) -> torch.Tensor:
         return self.owner.quantize()[self.index]
 
+    def unbind(self, dim: int = 0) -> list["QuantizedPart"]:
+        """The parts of the matrices of a stack, each quantised when it is read."""
+        return [
+            QuantizedPart(replace(self.owner, source=source), self.index, self.shape[1:], self.dtype)
+            for source in self.owner.source.unbind(dim)
+        ]
+
 
 class DeferredTensor:
     """A lazy tensor that only notes where it shall go; the converter that stacks it reads it into its place.
@@ -155,6 +173,10 @@ class DeferredTensor:
 
     def to(self, device=None, dtype: torch.dtype | None = None) -> "DeferredTensor":
         return DeferredTensor(self.source, device or self.device, dtype or self.dtype)
+
+    def unbind(self, dim: int = 0) -> list["DeferredTensor"]:
+        """Notes of the slices along the first dimension."""
+        return [DeferredTensor(source, self.device, self.dtype) for source in self.source.unbind(dim)]
 
     def new_empty(self, shape: tuple[int, ...]) -> torch.Tensor:
         """An uninitialised tensor where this one shall go."""

@@ -8,7 +8,7 @@ import ctypes
 import json
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -74,6 +74,12 @@ class TensorEntry:
                 if not count:
                     raise CheckpointError(f"{self.file.path}: ended inside tensor {self.name}. Download it again.")
                 done += count
+
+    def unbind(self) -> list["TensorEntry"]:
+        """The entries of the slices along the first dimension."""
+        size = (self.end - self.begin) // max(self.shape[0], 1)
+        begins = [self.begin + index * size for index in range(self.shape[0])]
+        return [replace(self, shape=self.shape[1:], begin=begin, end=begin + size) for begin in begins]
 
     def same_bytes(self, other: "TensorEntry", chunk: int = 1 << 24) -> bool:
         """Whether two tensors are equal in dtype, shape and every byte, read in pieces."""

@@ -1,0 +1,93 @@
+"""Step3's expert tensors, stacked in the files already, and the fused parameters of `Experts`; both directions.
+
+Upstream: `moe.gate_proj.weight` (E, I, H), `moe.up_proj.weight` (E, I, H), `moe.down_proj.weight` (E, H, I).
+In memory: `moe.experts.gate_up_proj` (E, 2I, H), gate rows first, and `moe.experts.down_proj` (E, H, I).
+Scales of block FP8 weights, `<weight>_scale_inv` upstream, are fused in the same way under `<parameter>_scale_inv`.
+"""
+
+import re
+
+import torch
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+
+from .weights_experts import StackExperts, with_scale_converters
+
+# Fused parameter to the upstream stacks that are concatenated into it, in order, along the rows of each expert.
+FUSED_STACKS = {
+    "moe.experts.gate_up_proj": ("moe.gate_proj.weight", "moe.up_proj.weight"),
+    "moe.experts.down_proj": ("moe.down_proj.weight",),
+}
+# Tensor prefixes of the vision checkpoint as they stand in the file, and in the model.
+VISION_PREFIXES = ("vision_model", "vit_downsampler", "vit_downsampler2", "vit_large_projector")
+TEXT_PREFIXES = ("embed_tokens", "layers", "norm")
+
+
+class FuseStacks(StackExperts):
+    """Stacks of experts to one fused parameter, filled expert by expert."""
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        """`{pattern: (E, rows, cols)}` to `{target: (E, sum of rows, cols)}`."""
+        parts = {}
+        for pattern in source_patterns:
+            if pattern in input_dict:
+                stack = input_dict.pop(pattern)
+                parts[pattern] = list((stack[0] if isinstance(stack, list) else stack).unbind(0))
+        return super().convert(parts, source_patterns, target_patterns, **kwargs)
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SplitStacks()
+
+
+class SplitStacks(ConversionOps):
+    """One fused parameter to its stacks: views, so that saving needs no second copy of the model."""
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        """`{source: (E, sum of rows, cols)}` to `{target: (E, rows, cols)}`, rows split evenly."""
+        (tensors,) = input_dict.values()
+        fused = tensors[0] if isinstance(tensors, list) else tensors
+        return dict(zip(target_patterns, fused.chunk(len(target_patterns), dim=1)))
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return FuseStacks()
+
+
+def stack_converters() -> list[WeightConverter]:
+    """The converters of the expert stacks and of their scales, as Transformers' loader takes them."""
+    return with_scale_converters(
+        WeightConverter(list(parts), target, operations=[FuseStacks()]) for target, parts in FUSED_STACKS.items()
+    )
+
+
+def vision_renamings() -> list[WeightRenaming]:
+    """From the names of the vision checkpoint to those of the model, and back on saving.
+
+    One anchored rule a prefix, each up to its dot: `vit_downsampler` is the beginning of `vit_downsampler2`.
+    """
+    moved = {prefix: f"model.{prefix}" for prefix in VISION_PREFIXES}
+    moved |= {f"model.{prefix}": f"model.language_model.{prefix}" for prefix in TEXT_PREFIXES}
+    return [WeightRenaming("^" + re.escape(f"{source}."), f"{target}.") for source, target in moved.items()]
+
+
+def stack_parts(parameter: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """Upstream stacks that make up a fused parameter of this shape, with theirs; nothing for any other parameter."""
+    for target, parts in FUSED_STACKS.items():
+        if parameter.endswith(target):
+            stem = parameter.removesuffix(target)
+            experts, rows, cols = shape
+            return [(stem + part, (experts, rows // len(parts), cols)) for part in parts]
+    return []
+
+
+def register_step3_conversions() -> None:
+    """Registers the conversions with Transformers' loader.
+
+    By model type, not by class: the text model inside the vision model then brings its own rules, for its own part of
+    the names, and a model with a head does not repeat those of the base model in it.
+    """
+    register_checkpoint_conversion_mapping("step3_text", stack_converters(), overwrite=True)
+    register_checkpoint_conversion_mapping("step3_vl", vision_renamings(), overwrite=True)
