@@ -20,7 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .layer_experts import Experts
 from .layer_fp8 import Fp8Module, refuse_cast
-from .layer_router import TopkRouter
+from .layer_router import TopkRouter, ZeroExpertRouter
 from .op_fp8 import Fp8Format
 from .op_moe import BACKEND_NAME
 from .weights_experts import SCALE_SUFFIX, defer_experts, expert_index, upstream_parts
@@ -93,7 +93,8 @@ class MoePreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, TopkRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
+            weight = module.classifier.weight if isinstance(module, ZeroExpertRouter) else module.weight
+            init.normal_(weight, mean=0.0, std=std)
             if module.e_score_correction_bias is not None:
                 init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, Experts):
