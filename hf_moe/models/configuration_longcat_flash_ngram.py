@@ -30,6 +30,7 @@ class LongcatFlashNgramConfig(LongcatFlashConfig):
         "AutoModelForCausalLM": "modeling_longcat_flash_ngram.LongcatFlashNgramForCausalLM",
     }
     architecture_names = ("LongcatFlashNgramForCausalLM",)
+    ngram_tables_padded = False  # whether files may have more rows than the hashes reach
     own_keys = {**LongcatFlashConfig.own_keys, "ngram_tables": "model"}
 
     hidden_size: int = 3072
@@ -94,4 +95,6 @@ class LongcatFlashNgramConfig(LongcatFlashConfig):
         return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
     def _reject_other_architectures(self, extra: dict[str, Any]) -> None:
-        super()._reject_other_architectures({key: value for key, value in extra.items() if "vocab_size_ratio" not in key})
+        super()._reject_other_architectures(
+            {key: value for key, value in extra.items() if "vocab_size_ratio" not in key}
+        )

@@ -19,6 +19,7 @@ class LongcatNextConfig(LongcatFlashNgramConfig):
         "AutoModelForCausalLM": "modeling_longcat_next.LongcatNextForCausalLM",
     }
     architecture_names = ("LongcatNextForCausalLM",)
+    ngram_tables_padded = True
 
     vocab_size: int = 282624
     text_vocab_size: int = 131072

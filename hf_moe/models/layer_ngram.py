@@ -141,47 +141,46 @@ class NgramHash:
 class HostTable(nn.Module):
     """A table that stays on the CPU or on disk while the model is elsewhere: no parameter, never moved, not trained.
 
-    `weight` (rows, width) is a plain attribute, set by the loader: a tensor in memory, or a mapped file.
+    `weight` (rows, width) is a plain attribute in the dtype of the file, set by the loader: a tensor in memory, or
+    with `on_disk` a view of the file.
     """
 
-    def __init__(self, rows: int, width: int):
+    def __init__(self, rows: int, width: int, on_disk: bool):
         super().__init__()
         self.shape = (rows, width)
+        self.on_disk = on_disk
         self.weight: torch.Tensor | None = None
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """(B, S) ids on any device to (B, S, width) there."""
+        """(B, S) ids on the CPU to (B, S, width)."""
         if self.weight is None:
             raise ValueError(
                 "This n-gram table was never loaded: `ngram_tables='cpu'` and `'disk'` are for `from_pretrained` with "
                 "a checkpoint. A model made from a configuration alone keeps its tables as parameters ('model')."
             )
-        return F.embedding(ids.to("cpu"), self.weight).to(ids.device)
+        return F.embedding(ids, self.weight)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.weight is not None:
             destination[prefix + "weight"] = self.weight
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        weight = state_dict.get(prefix + "weight")
-        if weight is not None:
-            self.weight = weight
-        strict_args = {name: value for name, value in state_dict.items() if name != prefix + "weight"}
-        super()._load_from_state_dict(strict_args, prefix, *args)
-
     def extra_repr(self) -> str:
         return f"{self.shape[0]}, {self.shape[1]}"
+
+
+def make_table(rows: int, width: int, place: str) -> nn.Module:
+    """A table whose rows are where `place` says: `"model"`, `"cpu"` or `"disk"`."""
+    return nn.Embedding(rows, width) if place == "model" else HostTable(rows, width, on_disk=place == "disk")
 
 
 class NgramTables(nn.Module):
     """Tables and projections under their upstream names: `embedders.{i}.weight`, `post_projs.{i}.weight`."""
 
-    def __init__(self, rows: list[int], hidden_size: int, on_host: bool):
+    def __init__(self, rows: list[int], hidden_size: int, place: str):
         super().__init__()
         width = hidden_size // len(rows)
-        table = HostTable if on_host else nn.Embedding
-        self.embedders = nn.ModuleList([table(count, width) for count in rows])
+        self.embedders = nn.ModuleList([make_table(count, width, place) for count in rows])
         self.post_projs = nn.ModuleList([Linear(width, hidden_size, bias=False) for _ in rows])
 
 
@@ -197,9 +196,18 @@ def embed_ngrams(
         zero_is_empty: row 0 of each table stands for no n-gram, and adds nothing (LongCat-Next).
     """
     output = word_embeds
-    for ids, table, projection in zip(ngram_ids.unbind(-1), tables, projections):
-        rows = table(ids).to(device=word_embeds.device, dtype=word_embeds.dtype)
+    for rows, ids, projection in zip(_look_up(ngram_ids, tables), ngram_ids.unbind(-1), projections):
+        rows = rows.to(word_embeds.dtype)
         if zero_is_empty:
             rows = rows.masked_fill((ids == 0).unsqueeze(-1), 0.0)
-        output = output + projection(rows)
+        output = output + projection(rows).to(output.device)
     return output / (1 + len(tables))
+
+
+def _look_up(ngram_ids: torch.Tensor, tables) -> list[torch.Tensor]:
+    """Rows of each table, (B, S, width), on the device of the ids."""
+    if not isinstance(tables[0], HostTable):
+        return [table(ids) for ids, table in zip(ngram_ids.unbind(-1), tables)]
+    # One copy there and one back for all tables.
+    rows = torch.stack([table(ids) for ids, table in zip(ngram_ids.cpu().unbind(-1), tables)])
+    return list(rows.to(ngram_ids.device).unbind(0))

@@ -10,7 +10,7 @@ from transformers.generation import GenerationMixin
 from .configuration_longcat import LongcatConfig
 from .layer_dense import RMSNorm
 from .layer_linear import Linear
-from .layer_ngram import HostTable
+from .layer_ngram import make_table
 from .modeling_longcat_flash_ngram import LongcatFlashNgramForCausalLM, LongcatFlashNgramModel
 from .weights_experts import register_expert_converters
 
@@ -39,11 +39,10 @@ class LongcatModel(LongcatFlashNgramModel):
                 layer.self_attn[0].indexer = LongcatIndexer(config)
             self.post_init()
 
-    def _add_ngram_tables(self, rows: list[int], hidden_size: int, on_host: bool) -> None:
+    def _add_ngram_tables(self, rows: list[int], hidden_size: int, place: str) -> None:
         width = hidden_size // len(rows)
-        table = HostTable if on_host else nn.Embedding
         for index, count in enumerate(rows):
-            setattr(self, f"oe_embed_tokens{index}", table(count, width))
+            setattr(self, f"oe_embed_tokens{index}", make_table(count, width, place))
             setattr(self, f"oe_embed_proj{index}", Linear(width, hidden_size, bias=False))
 
     def ngram_modules(self):

@@ -146,11 +146,23 @@ class LongcatFlashPreTrainedModel(MoePreTrainedModel):
     config_class = LongcatFlashConfig
     _no_split_modules = ["LongcatFlashDecoderLayer", "LongcatFlashMTPLayer"]
     _keep_in_fp32_modules_strict = ["router.classifier", "e_score_correction_bias"]
+    _fp8_modules_to_not_convert = ("lm_head",)
     _can_record_outputs = {
         "hidden_states": OutputRecorder(LongcatFlashDecoderLayer, num_hidden_layers_key="num_layers"),
         "attentions": LatentAttention,
         "router_logits": OutputRecorder(ZeroExpertRouter, index=0),
     }
+
+    def own_tensors(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # The language part of a multimodal checkpoint may stand under a prefix.
+        for prefix, own in (("model.language_model.", "model."), ("language_model.", "")):
+            if any(name.startswith(prefix) for name in tensors):
+                language = {
+                    own + name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)
+                }
+                head = {"lm_head.weight": tensors["lm_head.weight"]} if "lm_head.weight" in tensors else {}
+                return {**head, **language}
+        return tensors
 
     def resize_mtp_layers(self, count: int) -> None:
         model = self.base_model

@@ -13,6 +13,7 @@ from .configuration_longcat_flash_ngram import LongcatFlashNgramConfig
 from .layer_ngram import (
     PADDING,
     UNKNOWN,
+    HostTable,
     NgramHash,
     NgramTables,
     embed_ngrams,
@@ -20,20 +21,45 @@ from .layer_ngram import (
     preceding_tokens,
     token_layer,
 )
-from .modeling_longcat_flash import LongcatFlashForCausalLM, LongcatFlashModel
+from .modeling_longcat_flash import LongcatFlashForCausalLM, LongcatFlashModel, LongcatFlashPreTrainedModel
 from .weights_experts import register_expert_converters
 
 logger = logging.get_logger(__name__)
 
 
-class LongcatFlashNgramModel(LongcatFlashModel):
+class LongcatFlashNgramPreTrainedModel(LongcatFlashPreTrainedModel):
+    config_class = LongcatFlashNgramConfig
+
+    @property
+    def _fp8_modules_to_not_convert(self) -> tuple[str, ...]:
+        # FP8 releases leave n-gram tables and their projections in bfloat16.
+        model = self.base_model
+        projections = set(model.ngram_modules()[1]) if model.ngram_hash is not None else ()
+        return ("lm_head", *(name for name, module in model.named_modules() if module in projections))
+
+    def host_tables(self) -> dict[str, nn.Module]:
+        model = self.base_model
+        return {f"{name}.weight": table for name, table in model.named_modules() if isinstance(table, HostTable)}
+
+    def adapt_to_checkpoint(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        if not self.config.ngram_tables_padded:
+            return
+        for name, table in self.base_model.named_modules():
+            rows = shapes.get(f"{name}.weight", (0,))[0]
+            if isinstance(table, HostTable) and rows > table.shape[0]:
+                table.shape = (rows, table.shape[1])
+            elif name.startswith("ngram_embeddings.embedders.") and rows > table.num_embeddings:
+                table.num_embeddings = rows
+                table.weight = nn.Parameter(table.weight.new_empty(rows, table.embedding_dim))
+
+
+class LongcatFlashNgramModel(LongcatFlashNgramPreTrainedModel, LongcatFlashModel):
     """The decoder without a head. With `inputs_embeds`, those are taken as they are.
 
     A cache holds the token ids of its context as one more layer, so that n-grams reach across calls. Tokens that were
     only given as embeddings are not known to later ones: n-grams end at them.
     """
 
-    config_class = LongcatFlashNgramConfig
     zero_hash_is_empty = False
 
     def _add_input_modules(self, config: LongcatFlashNgramConfig) -> None:
@@ -46,10 +72,10 @@ class LongcatFlashNgramModel(LongcatFlashModel):
                 config.emb_split_num,
                 config.ngram_boundaries,
             )
-            self._add_ngram_tables(self.ngram_hash.moduli, config.hidden_size, config.ngram_tables != "model")
+            self._add_ngram_tables(self.ngram_hash.moduli, config.hidden_size, config.ngram_tables)
 
-    def _add_ngram_tables(self, rows: list[int], hidden_size: int, on_host: bool) -> None:
-        self.ngram_embeddings = NgramTables(rows, hidden_size, on_host)
+    def _add_ngram_tables(self, rows: list[int], hidden_size: int, place: str) -> None:
+        self.ngram_embeddings = NgramTables(rows, hidden_size, place)
 
     def ngram_modules(self) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
         """The tables and their projections."""
@@ -141,10 +167,9 @@ class LongcatFlashNgramModel(LongcatFlashModel):
         return slots[:, :length], length, slots
 
 
-class LongcatFlashNgramForCausalLM(LongcatFlashForCausalLM, GenerationMixin):
+class LongcatFlashNgramForCausalLM(LongcatFlashNgramPreTrainedModel, LongcatFlashForCausalLM, GenerationMixin):
     """The decoder with a language model head and, where the checkpoint has them, MTP layers."""
 
-    config_class = LongcatFlashNgramConfig
     model_class = LongcatFlashNgramModel
 
 
