@@ -29,8 +29,8 @@ class LongcatConfig(LongcatFlashNgramConfig):
         "AutoModelForCausalLM": "modeling_longcat.LongcatCausalLM",
     }
     architecture_names = ("LongcatCausalLM",)
-    own_keys = {
-        **LongcatFlashNgramConfig.own_keys,
+    own_defaults = {
+        **LongcatFlashNgramConfig.own_defaults,
         **dict.fromkeys(("ngram_vocab_size_ratio", "emb_neighbor_num", "emb_split_num")),
         **dict.fromkeys(("index_n_heads", "index_head_dim")),
     }

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .configuration_base import MLA_MODES, UpstreamConfig, choose
+from .configuration_base import MLA_MODES, UpstreamConfig, check_loss_weight, choose
 
 ZERO_EXPERT_TYPES = ("identity", "drop")
 ATTENTION_METHODS = ("MLA", "LSA", None)
@@ -29,6 +29,7 @@ class LongcatFlashConfig(UpstreamConfig):
 
     Fields beyond upstream, written to `config.json` only when they differ from the default:
         mla_mode (`str`, default `"auto"`): evaluation order of latent attention, as in `DeepseekV3Config`.
+        mtp_loss_weight (`float`, default 0.3): weight of the MTP loss in the training loss; LongCat's is unpublished.
         overlap_experts (`bool`, default `True`): on CUDA, run the experts of a layer on a second stream beside its
             dense path.
 
@@ -39,7 +40,7 @@ class LongcatFlashConfig(UpstreamConfig):
     """
 
     model_type = "longcat_flash"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "main_loss", "mtp_loss"]
     default_theta = 10000000.0
     attribute_map = {
         "num_local_experts": "n_routed_experts",
@@ -56,8 +57,7 @@ class LongcatFlashConfig(UpstreamConfig):
     # Architecture names by which files without `model_type` are recognised.
     architecture_names = ("LongcatFlashForCausalLM", "LongcatFlashOmniForCausalLM")
     derived_keys = ("head_dim", "qk_head_dim", "num_hidden_layers")
-    # Not written at these values unless the file that was read has them.
-    own_keys = {"overlap_experts": True, "index_topk": None}
+    own_defaults = {**UpstreamConfig.own_defaults, "overlap_experts": True, "index_topk": None}
     rope_interleave = True
 
     base_model_tp_plan = {
@@ -116,6 +116,7 @@ class LongcatFlashConfig(UpstreamConfig):
     overlap_experts: bool = True
     # Multi-token prediction: the tensors of a checkpoint, not this number, decide how many layers a model has.
     num_nextn_predict_layers: int | None = 0
+    mtp_loss_weight: float = 0.3
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
@@ -126,6 +127,7 @@ class LongcatFlashConfig(UpstreamConfig):
         self._reject_other_architectures(kwargs)
         choose("attention_method", self.attention_method, ATTENTION_METHODS)
         choose("mla_mode", self.mla_mode, MLA_MODES)
+        check_loss_weight(self.mtp_loss_weight)
         if self.zero_expert_num:
             choose("zero_expert_type", self.zero_expert_type, ZERO_EXPERT_TYPES)
         experts = self.n_routed_experts + self.zero_expert_num
@@ -197,9 +199,6 @@ class LongcatFlashConfig(UpstreamConfig):
         """Serialises with the upstream spelling; see `UpstreamConfig.to_dict`."""
         output = super().to_dict()
         output.update(output.pop("_upstream_derived", None) or {})
-        for key, default in self.own_keys.items():
-            if output.get(key) == default and key not in self._upstream_keys:
-                output.pop(key, None)
         if self._upstream_keys and "num_nextn_predict_layers" not in self._upstream_keys:
             output.pop("num_nextn_predict_layers", None)
         return output

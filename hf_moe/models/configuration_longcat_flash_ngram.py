@@ -31,7 +31,7 @@ class LongcatFlashNgramConfig(LongcatFlashConfig):
     }
     architecture_names = ("LongcatFlashNgramForCausalLM",)
     ngram_tables_padded = False  # whether files may have more rows than the hashes reach
-    own_keys = {**LongcatFlashConfig.own_keys, "ngram_tables": "model"}
+    own_defaults = {**LongcatFlashConfig.own_defaults, "ngram_tables": "model"}
 
     hidden_size: int = 3072
     ffn_hidden_size: int = 6144

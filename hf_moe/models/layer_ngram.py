@@ -5,8 +5,8 @@ a polynomial in the token ids t_p, t_{p-1}, ... t_{p-o+1}, modulo the table's si
 of the sequence, or at and before an earlier end-of-sequence token, count as zero. The rows go through a projection
 each, and word embedding and projections are averaged.
 
-Three steps, each its own function: find the tokens before each position (`preceding_tokens`, `masked_preceding_tokens`),
-hash them (`NgramHash`), look the rows up (`NgramTables`). What the first needs of the past is kept in the cache, as a
+Three steps: find the tokens before each position (`preceding_tokens`, `masked_preceding_tokens`), hash them
+(`NgramHash`), look the rows up (`embed_ngrams`). What the first needs of the past is kept in the cache, as a
 layer of ids (`token_layer`), so that cropping, reordering and selecting treat it as they treat keys.
 
 Shapes: B batch, S new tokens, T slots of context, n longest order, I = k (n - 1) tables.
@@ -24,19 +24,14 @@ from .layer_linear import Linear
 PADDING, UNKNOWN = -1, -2
 
 
-class TokenLayer(GrowingLayer):
-    """Cache layer of token ids: `keys` (B, 1, T, 1) int64, `values` empty."""
+def token_layer(cache: Cache, index: int) -> GrowingLayer | StaticLayer:
+    """The layer of token ids of `cache`, added at `index`, behind the layers of keys and values, if it is not there.
 
-
-class StaticTokenLayer(StaticLayer):
-    """The same with a fixed length."""
-
-
-def token_layer(cache: Cache, index: int) -> TokenLayer | StaticTokenLayer:
-    """The layer of token ids of `cache`, added at `index`, behind the layers of keys and values, if it is not there."""
+    An ordinary layer, with ids as keys (B, 1, T, 1) and values of no width.
+    """
     if len(cache.layers) <= index:
         static = isinstance(cache.layers[0], StaticLayer)
-        cache.layers.append(StaticTokenLayer(cache.layers[0].max_cache_len) if static else TokenLayer())
+        cache.layers.append(StaticLayer(cache.layers[0].max_cache_len) if static else GrowingLayer())
     return cache.layers[index]
 
 

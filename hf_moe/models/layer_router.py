@@ -18,8 +18,9 @@ class TopkRouter(nn.Module):
     whatever the dtype of the model (DeepSeek-V3 report, section 2.1.2; V2 report, section 2.2).
 
     `tokens_per_expert`, (E,) int64, holds how many choices each expert received in the last forward pass: what a
-    balance controller works from. `token_mask`, (T,) bool, leaves padding out of the count. With gradient checkpointing the recomputation counts the same tokens again into
-    the same place, so that reading it after the backward pass stays right.
+    balance controller works from. `token_mask`, (T,) bool, leaves padding out of the count. With gradient
+    checkpointing the recomputation counts the same tokens again into the same place, so that reading it after the
+    backward pass stays right.
     """
 
     def __init__(self, config):

@@ -7,22 +7,24 @@ Parameter names are those of the upstream checkpoints, which are easily misread:
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_longcat_flash import LongcatFlashConfig
-from .layer_cache import adopt_growing_layers
+from .generation_mtp import MTPGenerationMixin
+from .layer_cache import adopt_growing_layers, new_tokens
 from .layer_dense import GatedMLP, RMSNorm
+from .layer_head import LMHead
 from .layer_linear import Linear
 from .layer_mla import LatentAttention
 from .layer_rope import RotaryEmbedding
 from .layer_router import ZeroExpertRouter
 from .layer_zero_experts import ExpertLoad, ZeroExpertMoE
 from .modeling_base import MoePreTrainedModel
-from .modeling_decoder import LatentDecoderMixin, MTPCausalLMOutputWithPast
+from .modeling_causal_lm import CausalLMMixin, MTPCausalLMOutputWithPast, shorten
+from .modeling_decoder import LatentDecoderMixin
 from .op_stream import branch
 from .weights_experts import register_expert_converters
 
@@ -117,12 +119,14 @@ class LongcatFlashMTPLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
+        inputs_embeds: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """(batch, seq, hidden) to (batch, seq, hidden)."""
+        """States and embeddings (batch, seq, hidden) to states, which `LongcatFlashMTP.norm` has yet to norm."""
+        hidden_states = self.join(hidden_states, inputs_embeds)
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, **kwargs
         )
@@ -292,30 +296,30 @@ class LongcatFlashModel(LatentDecoderMixin, LongcatFlashPreTrainedModel):
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """One MTP depth over a whole sequence: states and embeddings (batch, seq, hidden) to normed states.
+        """One MTP depth: states and embeddings (batch, seq, hidden) to normed states.
 
         Position i joins the state at i, after the model's final norm, with the embedding that `inputs_embeds` has
-        there (that of a later token), and attends to positions up to i.
+        there (that of a later token), and attends to positions up to i. With `past_key_values`, a cache of this layer
+        alone, the sequence continues what it holds, and `attention_mask` covers both.
         """
-        hidden_states = layer.join(hidden_states, inputs_embeds)
         if position_ids is None:
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
-        mask = self._make_mask(hidden_states, attention_mask, None, position_ids, absorbed=False)
+        absorbed = past_key_values is not None and self._choose_order(hidden_states, attention_mask, past_key_values)
+        mask = self._make_mask(hidden_states, attention_mask, past_key_values, position_ids, absorbed)
         hidden_states = layer(
             hidden_states,
+            inputs_embeds,
             position_embeddings=self.rotary_emb(hidden_states, position_ids),
             attention_mask=mask,
             position_ids=position_ids,
+            past_key_values=past_key_values,
+            absorbed=absorbed,
             **kwargs,
         )
         return self.mtp.norm(hidden_states)
-
-    def mtp_embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
-        """Embeddings (batch, seq, hidden) that MTP layers read: their own table's, where the checkpoint has one."""
-        table = self.embed_tokens if self.mtp.embed_tokens is None else self.mtp.embed_tokens
-        return table(input_ids)
 
     def _embed(self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values) -> torch.Tensor:
         """Input of the first layer, (batch, seq, hidden)."""
@@ -338,7 +342,7 @@ class LongcatFlashModel(LatentDecoderMixin, LongcatFlashPreTrainedModel):
             )
 
 
-class LongcatFlashForCausalLM(LongcatFlashPreTrainedModel, GenerationMixin):
+class LongcatFlashForCausalLM(CausalLMMixin, LongcatFlashPreTrainedModel, MTPGenerationMixin):
     """The decoder with a language model head and, where the checkpoint has them, MTP layers."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -351,7 +355,7 @@ class LongcatFlashForCausalLM(LongcatFlashPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.hidden_size, config.head_size, bias=False)
+        self.lm_head = LMHead(config.hidden_size, config.head_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -366,86 +370,75 @@ class LongcatFlashForCausalLM(LongcatFlashPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_mtp_logits: bool = False,
+        skip_logits: bool | None = None,
         **kwargs,
     ) -> MTPCausalLMOutputWithPast:
-        """Runs the model and its head.
+        """Runs the model and its head; arguments beyond those of `LongcatFlashModel.forward` as for DeepSeek-V3.
 
-        Args beyond those of `LongcatFlashModel.forward`:
-            labels: (batch, seq); -100 is ignored. `num_items_in_batch` among the keyword arguments divides the sum of
-                the token losses, as Trainer asks with gradient accumulation.
+        Args:
+            labels: (batch, seq); -100 is ignored. The output has `loss`, `main_loss` and, where
+                `config.mtp_loss_weight` is not 0, `mtp_loss`; in training `loss` is
+                `main_loss + mtp_loss_weight * mean(mtp_loss)`, in evaluation `main_loss`.
             logits_to_keep: compute logits for the last so many positions (0: all), or for the positions in a tensor.
-            output_mtp_logits: also return teacher-forced MTP logits (see `MTPCausalLMOutputWithPast`). Needs
-                `input_ids` of the whole sequence, without a cached past.
+            output_mtp_logits: also return teacher-forced MTP logits (see `MTPCausalLMOutputWithPast`).
+            skip_logits: True leaves `logits` out, False computes them at once. Left open, a training step with labels
+                computes them when they are read.
+
+        Raises:
+            ValueError: for `output_mtp_logits` without MTP layers or with a past, for labels of another shape, and for
+                `skip_logits` without labels.
+            IndexError: for labels outside of the vocabulary.
         """
-        outputs = self.model(
+        return self.run_with_head(
+            labels,
+            logits_to_keep,
+            skip_logits,
+            output_mtp_logits,
+            past_key_values,
             input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.head_size, **kwargs)
-        mtp_logits = None
-        if output_mtp_logits:
-            mtp_logits = self._mtp_logits(hidden_states, input_ids, attention_mask, position_ids)
-        return MTPCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            mtp_logits=mtp_logits,
-        )
 
-    def generate(self, *args, **kwargs):
-        """Generates text; arguments are those of Transformers.
+    def mtp_embed(self, layer: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings (batch, seq, hidden) that MTP layers read: of their own table, where the checkpoint has one."""
+        table = self.model.embed_tokens if self.model.mtp.embed_tokens is None else self.model.mtp.embed_tokens
+        return table(input_ids)
 
-        Raises:
-            ValueError: for `use_mtp=True`. Transformers' own MTP speculation reads MTP weights under other names from
-                the checkpoint, and fails late on these models.
-        """
-        generation_config = kwargs.get("generation_config") or self.generation_config
-        if kwargs.get("use_mtp", getattr(generation_config, "use_mtp", None)):
-            raise ValueError("`use_mtp=True` is not supported by this model class; generate without it.")
-        return super().generate(*args, **kwargs)
+    def mtp_head(self, layer: nn.Module) -> nn.Module:
+        return self.lm_head
 
-    def _mtp_logits(self, hidden_states, input_ids, attention_mask, position_ids):
-        """Teacher-forced logits of every MTP depth; see `MTPCausalLMOutputWithPast`."""
+    def num_mtp_depths(self) -> int:
+        return len(self.model.mtp_layers())
+
+    def mtp_states(self, hidden_states, input_ids, inputs_embeds, attention_mask, position_ids, **kwargs):
         layers = self.model.mtp_layers()
-        if not layers:
-            raise ValueError("`output_mtp_logits=True` needs MTP layers, and this model has none.")
-        if input_ids is None:
-            raise ValueError("`output_mtp_logits=True` needs `input_ids`: MTP layers have an embedding of their own.")
-        logits = []
+        seq, states = hidden_states.shape[1], []
         for depth, (_, layer) in enumerate(layers):
-            length = input_ids.shape[1] - depth - 1
             # States at depth d exist for one position fewer than at depth d - 1. They pass on after their norm.
-            hidden_states = self.model.mtp_forward(
-                layer,
-                hidden_states[:, :length],
-                self.model.mtp_embed(input_ids[:, depth + 1 :]),
-                attention_mask[:, :length] if attention_mask is not None and attention_mask.dim() == 2 else None,
-                position_ids[:, :length] if position_ids is not None else None,
-            )
-            logits.append(self.lm_head(hidden_states))
-        return tuple(logits)
+            length = max(0, seq - depth - 1)
+            hidden_states = hidden_states[:, :length]
+            if length:
+                if input_ids is not None:
+                    ahead = self.mtp_embed(layer, input_ids[:, depth + 1 :])
+                else:
+                    ahead = inputs_embeds[:, depth + 1 :]
+                arguments = shorten(length, attention_mask, position_ids, **kwargs)
+                hidden_states = self.model.mtp_forward(layer, hidden_states, ahead, **arguments)
+            states.append((hidden_states, self.lm_head))
+        return states
 
 
 def _token_mask(attention_mask, batch: int, seq: int, past_key_values: Cache | None) -> torch.Tensor | None:
     """Which of the new tokens are no padding, (batch, seq) bool; `None` where all are, or nothing tells."""
     if not isinstance(attention_mask, torch.Tensor):
         return None
-    if attention_mask.dim() == 2:
-        return attention_mask[:, -seq:].bool()
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    if attention_mask.dim() == 2:
+        return new_tokens(attention_mask, past, seq).bool()
     own = (torch.arange(seq, device=attention_mask.device) + past).view(1, seq, 1).expand(batch, -1, -1)
     sees_itself = attention_mask[:, 0].expand(batch, -1, -1).gather(-1, own).squeeze(-1)
     return sees_itself if sees_itself.dtype == torch.bool else sees_itself >= 0

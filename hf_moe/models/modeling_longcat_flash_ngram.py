@@ -10,6 +10,7 @@ from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
 from .configuration_longcat_flash_ngram import LongcatFlashNgramConfig
+from .layer_cache import new_tokens
 from .layer_ngram import (
     PADDING,
     UNKNOWN,
@@ -120,7 +121,8 @@ class LongcatFlashNgramModel(LongcatFlashNgramPreTrainedModel, LongcatFlashModel
         visible = attention_mask.to(tokens.device) if isinstance(attention_mask, torch.Tensor) else attention_mask
         is_2d = isinstance(visible, torch.Tensor) and visible.dim() == 2
         if is_2d:
-            tokens = tokens.masked_fill(~visible[:, -seq:].bool(), PADDING)
+            cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+            tokens = tokens.masked_fill(~new_tokens(visible, cached, seq).bool(), PADDING)
         past, length, slots = None, 0, tokens
         if past_key_values is not None:
             past, length, slots = self._remember(tokens, past_key_values)
@@ -131,10 +133,9 @@ class LongcatFlashNgramModel(LongcatFlashNgramPreTrainedModel, LongcatFlashModel
             visible = visible[:, 0].expand(batch, -1, -1)
             return masked_preceding_tokens(slots, visible, length, count)
         if past is not None and is_2d:
-            known = min(past.shape[1], visible.shape[1] - seq) if isinstance(length, int) else None
-            if known is not None:
-                past = past.clone()
-                past[:, :known].masked_fill_(~visible[:, :known].bool(), PADDING)
+            known = min(past.shape[1], visible.shape[1])
+            hidden = nn.functional.pad(~visible[:, :known].bool(), (0, past.shape[1] - known))
+            past = past.masked_fill(hidden, PADDING)
         segments = None
         if past_key_values is None and attention_mask is None and position_ids is not None:
             starts = position_ids[:, 1:] != position_ids[:, :-1] + 1  # positions that restart: packed sequences

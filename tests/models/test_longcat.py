@@ -17,11 +17,12 @@ from checkpoints import (
 from testing import GOLDENS, assert_close, assert_golden, load_golden
 from tiny import left_padded, random_ids, tiny_config, tiny_model
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationConfig, StaticCache
 from transformers.models.longcat_flash import LongcatFlashForCausalLM as NativeLongcat
 
 from hf_moe.models import layer_rope
 from hf_moe.models.configuration_longcat_flash import LongcatFlashConfig
+from hf_moe.models.generation_mtp import MTPDecoding
 from hf_moe.models.layer_dense import RMSNorm
 from hf_moe.models.weights_safetensors import CheckpointError
 
@@ -132,6 +133,61 @@ def test_prefill_then_steps(case):
     assert_golden("logits", real_only(torch.cat(logits, dim=1), expected), expected["logits"], "logits")
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("drafts", [1, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_with_mtp_drafts(case, drafts, cache):
+    """Speculation gives the golden's text: rows that advance unevenly, behind left padding."""
+    model, expected = load(case), load_golden(case)[0]
+    ids, mask = expected["input_ids"], expected["attention_mask"]
+    options = {"num_assistant_tokens": drafts, "num_assistant_tokens_schedule": "constant"}
+    if cache:
+        options |= {"cache_implementation": cache, "disable_compile": True}
+    output = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=32,
+        do_sample=False,
+        use_mtp=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    assert torch.equal(output.sequences[:, ids.shape[1] :], expected["generated_ids"])
+    assert output.speculation.drafted > 0
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("depths", [1, 3])
+@pytest.mark.parametrize("family", ["longcat_flash", "longcat_flash_ngram"])
+def test_mtp_drafts_that_are_taken(family, depths, static, monkeypatch):
+    """Drafts that are right or wrong by a different pattern in each row: rows advance by 1 to 4 tokens a step."""
+    model = tiny_model(family, num_nextn_predict_layers=depths)
+    ids, mask = left_padded([random_ids(1, length, seed=length)[0] for length in (9, 4, 6)])
+    model.generation_config = GenerationConfig(pad_token_id=2, max_new_tokens=25, do_sample=False)
+    expected = model.generate(ids, attention_mask=mask, use_cache=False, max_new_tokens=50)
+
+    def foresee(decoding, layer, state, index, drafts_at):
+        drafts = []
+        for row, length in zip(decoding.rows, decoding.lengths):
+            place = length + index
+            wrong = place % (row + 2) == 0
+            drafts.append([3 if wrong else expected[row, min(place, expected.shape[1] - 1)].item()])
+        decoding.drafts.append(torch.tensor(drafts))
+        decoding.tokens.scatter_(1, drafts_at + index, decoding.drafts[-1])
+
+    monkeypatch.setattr(MTPDecoding, "_draft_token", foresee)
+    options = {"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant", "use_mtp": True}
+    if static:
+        options["past_key_values"] = StaticCache(config=model.config, max_cache_len=64)
+    output = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
+    assert torch.equal(output.sequences, expected[:, :34])
+    assert output.speculation.accepted > 20
+    # The cache that is returned goes on, drafts or not.
+    longer = torch.cat((mask, mask.new_ones(3, 25)), dim=1)
+    rest = model.generate(output.sequences, attention_mask=longer, past_key_values=output.past_key_values)
+    assert torch.equal(rest, expected)
+
+
 @pytest.mark.parametrize("case", MTP_CASES)
 def test_mtp_logits(case):
     model, expected = load(case), load_golden(case)[0]
@@ -173,7 +229,7 @@ def effect(case: str, name: str) -> float:
 
 
 def assert_is_the_mistake(actual: float, case: str, name: str) -> None:
-    """The model with the mistake is as far off as the golden's author saw, so that the model without it has it right."""
+    """The model with the mistake is as far off as the golden's author saw: the model without it has it right."""
     assert actual == pytest.approx(effect(case, name), rel=0.02), name
 
 
@@ -245,9 +301,9 @@ def test_trap_mtp_reads_the_state_behind_the_final_norm(case):
     run(model, expected)
     handle.remove()
     mask, positions = expected["attention_mask"][:, :-1], expected["position_ids"][:, :-1]
-    embeds = model.model.mtp_embed(expected["input_ids"][:, 1:])
+    (_, layer) = model.model.mtp_layers()[0]
     with torch.no_grad():
-        (_, layer) = model.model.mtp_layers()[0]
+        embeds = model.mtp_embed(layer, expected["input_ids"][:, 1:])
         states = model.model.mtp_forward(layer, before["states"][:, :-1], embeds, mask, positions)
         logits = model.lm_head(states)
     assert_golden("alt", real_only(logits, expected), expected["alt.mtp_logits_prenorm_feed"], "mtp_logits")
@@ -379,6 +435,22 @@ def test_gradient_by_finite_differences():
                 losses.append(model(ids, labels=ids).loss.item())
                 parameters[name].sub_(sign * 1e-4 * direction)
         assert (losses[0] - losses[1]) / 2e-4 == pytest.approx(slope, rel=1e-2, abs=1e-4), name
+
+
+@pytest.mark.parametrize("family", ["longcat_flash", "longcat_flash_ngram"])
+def test_mtp_loss(family):
+    """In training the loss has the MTP layers' share, by hand from the teacher-forced logits."""
+    model = tiny_model(family)
+    ids, mask = left_padded([random_ids(1, 12)[0], random_ids(1, 7)[0]])
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[1, 5] = -100  # the first token of the row has no real predecessor
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask, output_mtp_logits=True).mtp_logits[0]
+    rows = [(logits[0, :10], ids[0, 2:]), (logits[1, 5:10], ids[1, 7:])]
+    wanted = F.cross_entropy(torch.cat([row for row, _ in rows]), torch.cat([target for _, target in rows]))
+    output = model.train()(ids, attention_mask=mask, labels=labels)
+    assert_close("mtp", output.mtp_loss[0], wanted, "float32")
+    assert_close("loss", output.loss, output.main_loss + 0.3 * output.mtp_loss[0], "float32")
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not_reentrant", "reentrant"])
@@ -702,7 +774,8 @@ assert type(model).__module__.startswith("transformers_modules."), type(model)._
 ids, mask = expected["input_ids"], expected["attention_mask"]
 with torch.no_grad():
     logits = model(ids, attention_mask=mask).logits
-generated = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=3)
+model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 3
+generated = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
 print((logits - expected["logits"])[mask.bool()].abs().max().item(), generated[:, ids.shape[1]:].tolist())
 """
     expected_file = GOLDENS / case / "expected.safetensors"

@@ -92,7 +92,8 @@ def test_trap_the_mtp_layer_of_an_ngram_model_reads_its_plain_table():
     model, expected = load(), load_golden(CASE)[0]
     assert model.model.mtp.embed_tokens is not None
     ids = expected["input_ids"]
-    assert torch.equal(model.model.mtp_embed(ids), model.model.mtp.embed_tokens.weight[ids])
+    (_, layer) = model.model.mtp_layers()[0]
+    assert torch.equal(model.mtp_embed(layer, ids), model.model.mtp.embed_tokens.weight[ids])
     with torch.no_grad():
         logits = model(ids, attention_mask=expected["attention_mask"], output_mtp_logits=True).mtp_logits[0]
     assert logits.shape == (2, 23, 320) and logits.isfinite().all()

@@ -238,7 +238,8 @@ def test_importing_hf_moe_registers_and_patches_nothing_else():
     wrapped = "transformers.configuration_utils.PreTrainedConfig.get_config_dict"
     changed = {name for name in seen["changed"] if name not in table}
     assert wrapped in changed
-    assert all(name.endswith("PreTrainedConfig.get_config_dict") for name in changed), changed
+    # One attribute, under both spellings of the class.
+    assert changed <= {wrapped, wrapped.replace("PreTrained", "Pretrained")}
     assert seen["added"] == [] and seen["auto"] == []
     assert seen["backends"] == ["hf_moe"] and seen["lost backends"] == []
     assert seen["rope"] == [] and seen["attention"] == [] and seen["defaults"] is True
