@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .op_linear import linear
+
 
 class TopkRouter(nn.Module):
     """Top-k router of DeepSeek-V2 (softmax) and DeepSeek-V3 / Kimi-K2 (sigmoid with a correction bias).
@@ -144,7 +146,7 @@ class ZeroExpertRouter(TopkRouter):
     def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight, bias = self.classifier.weight, self.classifier.bias
         wide = torch.promote_types(weight.dtype, torch.float32)
-        return F.linear(hidden_states.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+        return linear(hidden_states.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
 
     def _weigh(self, topk_scores: torch.Tensor) -> torch.Tensor:
         if self.norm_topk_prob:
