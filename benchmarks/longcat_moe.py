@@ -8,6 +8,7 @@ front, so that both read the same memory.
 """
 
 import argparse
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -81,11 +82,11 @@ def main() -> None:
                     error = (result - expected).norm() / expected.norm()
                     assert error < (2e-2 if dtype != torch.float32 else 1e-5), f"wrong: {error:.1e}"
 
-                def run(module, inputs=inputs, calls=[0]):
-                    calls[0] += 1
-                    return module(inputs[calls[0] % len(inputs)])
+                def turns(module, inputs=inputs):
+                    following = cycle(inputs)
+                    return lambda: module(next(following))
 
-                cases = {"hf_moe": lambda: run(ours), "native": lambda: run(native)}
+                cases = {"hf_moe": turns(ours), "native": turns(native)}
                 median = time_interleaved(cases, args.repeats, args.device, block=3)
                 loads = []
                 for states in inputs:
@@ -96,7 +97,6 @@ def main() -> None:
                 row["real experts hit"] = sum((load.real > 0).sum().item() for load in loads) / len(loads)
                 row |= {f"{name} ms": seconds * 1e3 for name, seconds in median.items()}
                 rows.append({**row, "ratio": median["native"] / median["hf_moe"]})
-        del ours, native
     report("longcat_moe", rows, args.device, args.out)
 
 

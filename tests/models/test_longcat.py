@@ -17,7 +17,15 @@ from checkpoints import (
 from testing import GOLDENS, assert_close, assert_golden, load_golden
 from tiny import left_padded, random_ids, tiny_config, tiny_model
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationConfig, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    FineGrainedFP8Config,
+    GenerationConfig,
+    StaticCache,
+)
 from transformers.models.longcat_flash import LongcatFlashForCausalLM as NativeLongcat
 
 from hf_moe.models import layer_rope
@@ -40,8 +48,8 @@ def load(case: str):
 
 
 def fresh(case: str):
-    """A model of one's own, to break."""
-    return AutoModelForCausalLM.from_pretrained(GOLDENS / case, dtype=torch.float32).eval()
+    """A model of one's own, to break, without FP8 weights."""
+    return AutoModelForCausalLM.from_pretrained(GOLDENS / case, dtype=torch.float32, dequantize=True).eval()
 
 
 @torch.no_grad()
@@ -197,7 +205,7 @@ def test_mtp_logits(case):
 
 
 def test_fp8_edge_blocks_are_decoded():
-    model, expected = load("longcat_fp8"), load_golden("longcat_fp8")[0]
+    model, expected = fresh("longcat_fp8"), load_golden("longcat_fp8")[0]
     decoded = decode_checkpoint(read_tensors(GOLDENS / "longcat_fp8"))
     state = {**decoded, **model.state_dict()}  # experts are stacked: theirs from the file
     names = [name for name in expected if name.startswith("dequant.")]
@@ -210,6 +218,43 @@ def test_fp8_edge_blocks_are_decoded():
         up = torch.cat([decoded[f"{stem}{part}_proj.weight"] for part in ("gate", "up")])
         assert torch.equal(stacks.gate_up_proj[expert], up)
         assert torch.equal(stacks.down_proj[expert], decoded[f"{stem}down_proj.weight"])
+
+
+def test_fp8_weights_stay_fp8():
+    """All that the release quantises, and nothing else: attention, dense MLPs, experts, and the MTP layer's matrices."""
+    model, stored = load("longcat_fp8"), read_tensors(GOLDENS / "longcat_fp8")
+    in_file = {
+        name for name, tensor in stored.items() if tensor.dtype == torch.float8_e4m3fn and ".experts." not in name
+    }
+    in_model = {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float8_e4m3fn}
+    stacks = {f"model.layers.{i}.mlp.experts.{part}" for i in range(2) for part in ("gate_up_proj", "down_proj")}
+    assert in_model == in_file | stacks
+    name = "model.mtp.layers.0.eh_proj.weight"
+    assert name in in_model and torch.equal(model.state_dict()[name].float(), stored[name].float())
+
+
+def test_fp8_decoded_gives_the_same(tmp_path):
+    model, expected = fresh("longcat_fp8"), load_golden("longcat_fp8")[0]
+    output = run(model, expected, output_mtp_logits=True)
+    assert_golden("logits", real_only(output.logits, expected), expected["logits"], "logits")
+    assert_golden("mtp", real_only(output.mtp_logits[0], expected), expected["mtp_logits"], "mtp_logits")
+    model.save_pretrained(tmp_path)
+    decoded = decode_checkpoint(read_tensors(GOLDENS / "longcat_fp8"))
+    assert_same_tensors(read_tensors(tmp_path), {name: tensor.float() for name, tensor in decoded.items()})
+
+
+@pytest.mark.parametrize("case", ["longcat_flash", "longcat_lite_ngram"])
+def test_fp8_on_load_follows_the_releases(case):
+    """Quantised on load: what the FP8 releases quantise. Router, embeddings, head and n-gram parts stay."""
+    quantization = FineGrainedFP8Config(weight_block_size=(16, 16))
+    model = AutoModelForCausalLM.from_pretrained(GOLDENS / case, quantization_config=quantization, dtype=torch.bfloat16)
+    for name, tensor in model.state_dict().items():
+        plain = any(part in name for part in ("embed", "norm", "router", "lm_head", "ngram", "scale_inv"))
+        assert (tensor.dtype == torch.float8_e4m3fn) != plain, name
+        assert tensor.dtype == torch.float32 or "router" not in name
+    expected = load_golden(case)[0]
+    logits = real_only(run(model, expected).logits.float(), expected)
+    assert torch.nn.functional.cosine_similarity(logits.flatten(), expected["logits"].flatten(), dim=0) > 0.9
 
 
 def test_base_model():
@@ -510,7 +555,6 @@ def test_config_round_trip_is_verbatim(case, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(GOLDENS / case)
     model.save_pretrained(tmp_path)
     saved = read_config(tmp_path)
-    stored.pop("quantization_config", None)  # the weights were dequantised
     assert {key: saved.get(key) for key in stored} == stored
     assert "num_hidden_layers" not in saved and "mla_mode" not in saved and "num_nextn_predict_layers" not in saved
     assert saved["model_type"] == model.config.model_type
@@ -653,14 +697,9 @@ def test_experts_backends_agree(backend):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("max_shard_size", ["50GB", "60KB"])
 def test_round_trip_is_bitwise(case, max_shard_size, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(
-        GOLDENS / case, dtype="auto" if case != "longcat_fp8" else torch.float32
-    )
+    model = AutoModelForCausalLM.from_pretrained(GOLDENS / case, dtype="auto")
     model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
-    stored = read_tensors(GOLDENS / case)
-    if case == "longcat_fp8":
-        stored = {name: tensor.float() for name, tensor in decode_checkpoint(stored).items()}
-    assert_same_tensors(read_tensors(tmp_path), stored)
+    assert_same_tensors(read_tensors(tmp_path), read_tensors(GOLDENS / case))
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     expected = load_golden(case)[0]
     assert_golden("logits", real_only(run(again, expected).logits, expected), expected["logits"], "logits")
