@@ -3,12 +3,14 @@
 import copy
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import hf_moe  # noqa: F401  registers the families
 from hf_moe.models.configuration_deepseek_v2 import DeepseekV2Config
 from hf_moe.models.configuration_deepseek_v3 import DeepseekV3Config
 from hf_moe.models.configuration_kimi_k2 import KimiK2Config
+from hf_moe.models.configuration_longcat_flash import LongcatFlashConfig
+from hf_moe.models.configuration_longcat_flash_ngram import LongcatFlashNgramConfig
 
 # No two sizes are equal, so that a swapped dimension fails.
 SIZES = {
@@ -42,6 +44,22 @@ YARN = {
     "mscale_all_dim": 1.0,
     "original_max_position_embeddings": 64,
 }
+LONGCAT = {
+    "num_layers": 2,
+    "ffn_hidden_size": 40,
+    "expert_ffn_hidden_size": 16,
+    "moe_topk": 5,
+    "zero_expert_num": 4,
+    "routed_scaling_factor": 3.0,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "num_nextn_predict_layers": 1,
+}
+# Keys of the other families that LongCat spells otherwise, or does not have.
+_NOT_LONGCAT = (
+    *("intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_experts_per_tok"),
+    *("n_shared_experts", "first_k_dense_replace"),
+)
 FAMILIES = {
     "deepseek_v3": (
         DeepseekV3Config,
@@ -59,13 +77,19 @@ FAMILIES = {
         KimiK2Config,
         {"rms_norm_eps": 1e-5, "rope_theta": 50000.0, "rope_scaling": {**YARN, "beta_fast": 1.0, "beta_slow": 1.0}},
     ),
+    "longcat_flash": (LongcatFlashConfig, LONGCAT),
+    "longcat_flash_ngram": (
+        LongcatFlashNgramConfig,
+        {**LONGCAT, "rope_scaling": YARN, "ngram_vocab_size_ratio": 3, "emb_neighbor_num": 4, "emb_split_num": 2},
+    ),
 }
 
 
-def tiny_config(family: str = "deepseek_v3", **overrides) -> DeepseekV3Config:
+def tiny_config(family: str = "deepseek_v3", **overrides) -> PreTrainedConfig:
     """The family's tiny configuration, with `overrides` on top."""
     config_class, fields = FAMILIES[family]
-    return config_class(**copy.deepcopy({**SIZES, **fields, **overrides}))
+    sizes = {key: size for key, size in SIZES.items() if not (family.startswith("longcat") and key in _NOT_LONGCAT)}
+    return config_class(**copy.deepcopy({**sizes, **fields, **overrides}))
 
 
 def tiny_model(

@@ -120,7 +120,8 @@ class LatentAttention(nn.Module):
 
     `q_lora_rank` of `None` replaces `q_a_proj`, `q_a_layernorm` and `q_b_proj` by one `q_proj`. The two inner norms
     use an epsilon of 1e-6 whatever `rms_norm_eps` says, as the upstream modeling code does (it differs for
-    Kimi-K2-Thinking, whose `rms_norm_eps` is 1e-5).
+    Kimi-K2-Thinking and LongCat, whose `rms_norm_eps` is 1e-5). `mla_scale_q_lora` and `mla_scale_kv_lora` multiply
+    the queries and the normed latent, as it is cached, by the square root of hidden_size over the rank.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -137,6 +138,12 @@ class LatentAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         self.scaling = self.qk_head_dim**-0.5 * yarn_softmax_gain(config.rope_parameters)
+        # LongCat's variance alignment. The factor on the queries goes into the softmax scale, where it costs nothing.
+        if getattr(config, "mla_scale_q_lora", False):
+            self.scaling *= (config.hidden_size / config.q_lora_rank) ** 0.5
+        self.latent_scale = None
+        if getattr(config, "mla_scale_kv_lora", False):
+            self.latent_scale = (config.hidden_size / self.kv_lora_rank) ** 0.5
         self.rotate = rotate_interleaved if config.rope_interleave else rotate_halves
 
         query_width = self.num_heads * self.qk_head_dim
@@ -178,7 +185,9 @@ class LatentAttention(nn.Module):
         latent, key_rope = self.kv_a_proj_with_mqa(hidden_states).split(
             [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
         )
-        latent = self.kv_a_layernorm(latent)  # the rotary key is not normed
+        latent = self.kv_a_layernorm(latent)  # the rotary key is neither normed nor scaled
+        if self.latent_scale is not None:
+            latent = latent * self.latent_scale
         key_rope = self.rotate(key_rope.unsqueeze(2), cos, sin)  # (B, S, 1, p)
         # One head, four dimensions: the layout that every cache class expects.
         latent, key_rope = latent.unsqueeze(1), key_rope.transpose(1, 2)  # (B, 1, S, r), (B, 1, S, p)

@@ -20,7 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .layer_experts import Experts
 from .layer_fp8 import Fp8Module, refuse_cast
-from .layer_router import TopkRouter
+from .layer_router import TopkRouter, ZeroExpertRouter
 from .op_fp8 import Fp8Format
 from .op_moe import BACKEND_NAME
 from .weights_experts import SCALE_SUFFIX, defer_experts, expert_index, upstream_parts
@@ -93,7 +93,8 @@ class MoePreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, TopkRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
+            weight = module.classifier.weight if isinstance(module, ZeroExpertRouter) else module.weight
+            init.normal_(weight, mean=0.0, std=std)
             if module.e_score_correction_bias is not None:
                 init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, Experts):
@@ -155,6 +156,19 @@ class MoePreTrainedModel(PreTrainedModel):
     def untie_mtp_tensor(self, duplicate: str) -> None:
         """Gives an MTP layer its own parameter where a checkpoint's copy differs from the original."""
 
+    # --- what a family may add to loading ---------------------------------------------------------------------------
+
+    def own_tensors(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Of a checkpoint's tensors those of this model, under upstream names (wrappers put theirs beside them)."""
+        return tensors
+
+    def adapt_to_checkpoint(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Fits the empty model to the shapes of a checkpoint's tensors, by upstream name without `model.`."""
+
+    def host_tables(self) -> dict[str, nn.Module]:
+        """Modules whose `weight` is no parameter and stays off the model's device, by upstream name of the tensor."""
+        return {}
+
     # --- block FP8 --------------------------------------------------------------------------------------------------
 
     def prepare_fp8(self, request: BlockFp8Config, checkpoint_files: list[str] | None) -> dict[str, Any] | None:
@@ -165,9 +179,7 @@ class MoePreTrainedModel(PreTrainedModel):
         if checkpoint_files is None:
             return None
         options = self.config.load_options
-        tensors = plain_tensors(open_files(checkpoint_files), options["decoding"])
-        if options["check_names"]:
-            _fit_model(self, tensors, options)
+        tensors = _read_checkpoint(self, checkpoint_files, options)
         if request.on_load:
             skipped = request.stored.get("modules_to_not_convert") or ()
             candidates = {name: _on_load(name, tensor, request) for name, tensor in tensors.items()}
@@ -262,16 +274,17 @@ class MoePreTrainedModel(PreTrainedModel):
         if state_dict is None and checkpoint_files and not getattr(quantizer, "pre_quantized", False):
             tensors = quantizer.tensors if isinstance(quantizer, BlockFp8Quantizer) else None
             if tensors is None:
-                tensors = plain_tensors(open_files(checkpoint_files), options["decoding"])
-                if options["check_names"]:
-                    _fit_model(model, tensors, options)
+                tensors = _read_checkpoint(model, checkpoint_files, options)
             _extend_device_map(model, load_config.device_map)
             to_disk = "disk" in (load_config.device_map or {}).values()
             as_stored = all(isinstance(tensor, LazyTensor) for tensor in tensors.values())
-            if not as_stored or not (to_disk or is_deepspeed_zero3_enabled()):
+            if options.get("renamed") or not as_stored or not (to_disk or is_deepspeed_zero3_enabled()):
                 # Offloading to disk refers to plain files where they lie, and ZeRO-3 reads them itself.
                 state_dict, checkpoint_files = defer_experts(tensors), None
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        info = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        for table, weight in options.get("host_weights", {}).items():  # to the loader they are no tensors of the model
+            table.weight = weight
+        return info
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -409,6 +422,32 @@ def _store_fp8(
         for name, (values, scales) in pairs.items():
             output[name], output[name + SCALE_SUFFIX] = values, scales
     return output
+
+
+def _read_checkpoint(model: MoePreTrainedModel, files: list[str], options: dict[str, Any]) -> dict[str, Any]:
+    """The tensors to load, by upstream name, checked against the empty model, which is fitted to them."""
+    tensors = plain_tensors(open_files(files), options["decoding"])
+    if options["check_names"]:
+        stored, tensors = tensors, model.own_tensors(tensors)
+        options["renamed"] = tensors is not stored
+        model.adapt_to_checkpoint({_stem(name): tuple(tensor.get_shape()) for name, tensor in tensors.items()})
+        options["host_weights"] = _take_host_tables(model, tensors, options)
+        _fit_model(model, tensors, options)
+    return tensors
+
+
+def _take_host_tables(model: MoePreTrainedModel, tensors: dict[str, Any], options) -> dict[nn.Module, torch.Tensor]:
+    """Reads or maps the tensors of host tables, and takes them out of what is left to load."""
+    names, weights = {_stem(name): name for name in tensors}, {}
+    for stem, table in model.host_tables().items():
+        if stem not in names:
+            raise CheckpointError(f"{options['source'] or 'The checkpoint'}: tensor model.{stem} is missing.")
+        _check_shape(names[stem], tensors, table.shape, options)
+        entry = tensors.pop(names[stem]).entry
+        weights[table] = entry.map() if table.on_disk else entry.read()
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {re.escape(stem)}
+    return weights
 
 
 def _fit_model(model: MoePreTrainedModel, tensors: dict[str, Any], options: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ through the library lets every complaint name the file and the tensor, and lets 
 
 import ctypes
 import json
+import mmap
 import os
 import struct
 from dataclasses import dataclass, replace
@@ -80,6 +81,14 @@ class TensorEntry:
         size = (self.end - self.begin) // max(self.shape[0], 1)
         begins = [self.begin + index * size for index in range(self.shape[0])]
         return [replace(self, shape=self.shape[1:], begin=begin, end=begin + size) for begin in begins]
+
+    def map(self) -> torch.Tensor:
+        """The tensor as a view of the file: read where and when it is used, never written back."""
+        with open(self.file.path, "rb") as stream:
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        count = (self.end - self.begin) // self.dtype.itemsize
+        offset = self.file.data_offset + self.begin
+        return torch.frombuffer(mapped, dtype=self.dtype, count=count, offset=offset).view(self.shape)
 
     def same_bytes(self, other: "TensorEntry", chunk: int = 1 << 24) -> bool:
         """Whether two tensors are equal in dtype, shape and every byte, read in pieces."""

@@ -14,6 +14,9 @@ pytestmark = [
 ]
 
 
+LONGCAT = ["longcat_flash", "longcat_fp8", "longcat_lite_ngram"]
+
+
 @pytest.fixture(params=["v3_basic", "v2_group_limited", "kimi_k2", "v3_fp8", "kimi_k2_int4"])
 def case(request):
     return request.param
@@ -61,6 +64,52 @@ def test_default_backend_does_not_wait_for_the_device():
         captured = moe(hidden_states)
     graph.replay()
     torch.testing.assert_close(captured, moe(hidden_states))
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["one_stream", "two_streams"])
+@pytest.mark.parametrize("case", LONGCAT)
+@torch.no_grad()
+def test_longcat_golden(case, overlap):
+    """Logits and greedy text, with the experts on a second stream and without."""
+    folder, expected = GOLDENS / case, load_golden(case)[0]
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, device_map="cuda", dequantize=True, overlap_experts=overlap
+    )
+    ids, mask = expected["input_ids"].cuda(), expected["attention_mask"].cuda()
+    for _ in range(20):  # a race shows now and then
+        logits = model(ids, attention_mask=mask).logits.cpu()
+        real = expected["attention_mask"].bool()
+        assert (logits - expected["logits"])[real].abs().max() < 1e-4
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 3
+    generated = model.generate(ids, attention_mask=mask, max_new_tokens=32, do_sample=False).cpu()
+    assert torch.equal(generated[:, ids.shape[1] :], expected["generated_ids"])
+
+
+def test_longcat_gradients_are_the_same_on_two_streams():
+    expected = load_golden("longcat_flash")[0]
+    ids, results = expected["input_ids"].cuda(), []
+    for overlap in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(
+            GOLDENS / "longcat_flash", dtype=torch.float32, device_map="cuda", overlap_experts=overlap
+        )
+        for _ in range(10):
+            model.zero_grad()
+            model.train()(ids, labels=ids).loss.backward()
+        results.append(
+            {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        )
+    for name, gradient in results[0].items():
+        assert_close(name, results[1][name], gradient, "float32")
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+@torch.no_grad()
+def test_longcat_ngram_tables_stay_off_the_device(place):
+    folder, expected = GOLDENS / "longcat_lite_ngram", load_golden("longcat_lite_ngram")[0]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cuda", ngram_tables=place)
+    assert all(table.weight.device.type == "cpu" for table in model.model.ngram_embeddings.embedders)
+    logits = model(expected["input_ids"].cuda(), attention_mask=expected["attention_mask"].cuda()).logits.cpu()
+    assert (logits - expected["logits"])[expected["attention_mask"].bool()].abs().max() < 1e-4
 
 
 def test_out_of_range_token_is_an_error_before_the_device_faults():

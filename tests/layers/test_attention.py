@@ -203,7 +203,7 @@ MASKS = ["none", "left_padding", "right_padding", "prepared_4d_boolean", "prepar
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2_lite"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2_lite", "longcat_flash"])
 def test_models_agree_under_every_mask(family, kind, implementation, dtype):
     model = tiny_model(family, dtype=dtype, attn_implementation=implementation)
     inputs = {"input_ids": random_ids(2, 11)}

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from hf_moe.models.layer_cache import GrowingLayer, adopt_growing_layers
 
-FAMILIES = ["deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "kimi_k2"]
+FAMILIES = ["deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "kimi_k2", "longcat_flash"]
 
 
 def states(batch: int, length: int, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:

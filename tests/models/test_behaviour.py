@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from transformers.models.deepseek_v2 import DeepseekV2ForCausalLM as NativeV2
 from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as NativeV3
 
-FAMILIES = ["deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "kimi_k2"]
+FAMILIES = ["deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "kimi_k2", "longcat_flash", "longcat_flash_ngram"]
+LONGCAT = ["longcat_flash", "longcat_flash_ngram"]
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -218,12 +219,15 @@ def test_accumulated_gradients_equal_one_batch():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recorded_outputs(family, mode):
     model = tiny_model(family, attn_implementation="eager", mla_mode=mode)
-    layers, moe_layers, heads = 3, 2, 3
+    # LongCat: two attentions a layer, experts in each, four zero experts.
+    layers, attentions, moe_layers, columns = (2, 4, (0, 1), 12) if family in LONGCAT else (3, 3, (1, 2), 8)
+    heads = 3
     ids = random_ids(2, 7)
-    seen = {}
-    for index in (1, 2):
-        gate = model.model.layers[index].mlp.gate
-        gate.register_forward_hook(lambda module, args, output, index=index: seen.update({index: output[0]}))
+    seen = []
+    for index in moe_layers:
+        mlp = model.model.layers[index].mlp
+        gate = mlp.router if family in LONGCAT else mlp.gate
+        gate.register_forward_hook(lambda module, args, output: seen.append(output[0]))
     flags = {"output_hidden_states": True, "output_attentions": True, "output_router_logits": True}
     if model.model.mtp_layers():
         flags["output_mtp_logits"] = True  # its layer is no part of the recorded ones
@@ -234,14 +238,15 @@ def test_recorded_outputs(family, mode):
     assert plain.hidden_states is None and plain.attentions is None and plain.router_logits is None
     assert torch.equal(plain.logits, output.logits)
     assert [tuple(state.shape) for state in output.hidden_states] == [(2, 7, 48)] * (layers + 1)
-    assert torch.equal(output.hidden_states[0], model.get_input_embeddings()(ids))
+    if family != "longcat_flash_ngram":
+        assert torch.equal(output.hidden_states[0], model.get_input_embeddings()(ids))
     assert torch.equal(output.hidden_states[-1], last), "the last one is behind the final norm"
-    assert [tuple(weights.shape) for weights in output.attentions] == [(2, heads, 7, 7)] * layers
+    assert [tuple(weights.shape) for weights in output.attentions] == [(2, heads, 7, 7)] * attentions
     for weights in output.attentions:
         assert_close("row sums", weights.sum(-1), torch.ones(2, heads, 7), "float32")
         assert not weights.triu(1).any(), "attention to a later token"
-    assert [tuple(logits.shape) for logits in output.router_logits] == [(14, 8)] * moe_layers
-    assert torch.equal(output.router_logits[0], seen[1]) and torch.equal(output.router_logits[1], seen[2])
+    assert [tuple(logits.shape) for logits in output.router_logits] == [(14, columns)] * 2
+    assert torch.equal(output.router_logits[0], seen[0]) and torch.equal(output.router_logits[1], seen[1])
 
 
 def test_recorded_outputs_of_a_decode_step():

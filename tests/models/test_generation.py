@@ -10,7 +10,7 @@ from testing import assert_close
 from tiny import left_padded, random_ids, tiny_model
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
-FAMILIES = ["deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "kimi_k2"]
+FAMILIES = ["deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "kimi_k2", "longcat_flash", "longcat_flash_ngram"]
 MODES = ["auto", "expanded", "absorbed"]
 NEW = 12
 
@@ -152,6 +152,8 @@ def test_several_tokens_against_a_padded_cache(model):
 
 
 def test_inputs_embeds(model):
+    if model.config.model_type == "longcat_flash_ngram":
+        pytest.skip("embeds n-grams: see test_longcat_ngram.py")
     ids, mask = left_padded([random_ids(1, 9)[0], random_ids(1, 5)[0]])
     embeds = model.get_input_embeddings()(ids)
     with torch.no_grad():
@@ -322,7 +324,7 @@ def fresh_compiler():
 
 
 @pytest.mark.parametrize("mode", ["auto", "expanded"])
-@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2", "longcat_flash", "longcat_flash_ngram"])
 def test_full_graph_decode_step(family, mode, fresh_compiler):
     model = tiny_model(family, mla_mode=mode, num_hidden_layers=2, num_nextn_predict_layers=0)
     results = compiled_steps(model, "aot_eager")

@@ -234,7 +234,12 @@ def test_importing_hf_moe_registers_and_patches_nothing_else():
     seen = json.loads(run_python(SNAPSHOT).splitlines()[-1])
     # The loader's table of key conversions is built on first use, here by our registration in it.
     table = ["transformers.conversion_mapping._checkpoint_conversion_mapping_cache"]
-    assert [name for name in seen["changed"] if name not in table] == []
+    # Files without a `model_type` are recognised here (see `register.py`); others pass through.
+    wrapped = "transformers.configuration_utils.PreTrainedConfig.get_config_dict"
+    changed = {name for name in seen["changed"] if name not in table}
+    assert wrapped in changed
+    # One attribute, under both spellings of the class.
+    assert changed <= {wrapped, wrapped.replace("PreTrained", "Pretrained")}
     assert seen["added"] == [] and seen["auto"] == []
     assert seen["backends"] == ["hf_moe"] and seen["lost backends"] == []
     assert seen["rope"] == [] and seen["attention"] == [] and seen["defaults"] is True

@@ -1,0 +1,78 @@
+"""LongCat's mixture of experts: real experts, and zero experts that hand the token through."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .layer_experts import Experts
+from .layer_router import ZeroExpertRouter
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """Choices of one layer in one forward pass, padding left out.
+
+    `real` (N,) and `zero` (Z,) int64: choices per expert. `tokens`: how many tokens chose. `real_experts_per_token`:
+    their average number of real experts, what the balance controller steers.
+    """
+
+    real: torch.Tensor
+    zero: torch.Tensor
+    tokens: int
+
+    @property
+    def real_experts_per_token(self) -> float:
+        return self.real.sum().item() / max(self.tokens, 1)
+
+
+class ZeroExpertMoE(nn.Module):
+    """Real experts by the shared `Experts`, and zero experts as one scaled addition.
+
+    Parameter names are those of the upstream checkpoints: `router`, `experts`. Zero experts (`zero_expert_type`
+    `"identity"`) own no weights and no rows: their ids reach `Experts` as the id behind the last expert, which every
+    backend skips. A token's picks of zero experts add their summed weight times the token.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.router = ZeroExpertRouter(config)
+        self.experts = Experts(config)
+        # What tells Transformers' own backends that ids behind the last expert are to be skipped.
+        self.experts._is_expert_parallel = True
+        self.has_identity = config.zero_expert_num > 0 and config.zero_expert_type == "identity"
+
+    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """(batch, seq, H) to (batch, seq, H). `token_mask`, (batch, seq) bool, only concerns the statistics."""
+        return self.compute(hidden_states, *self.route(hidden_states, token_mask))
+
+    def route(
+        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights (T, K) float32 and ids (T, K) int64, ids of zero experts included."""
+        _, topk_weights, topk_indices = self.router(hidden_states, None if token_mask is None else token_mask.flatten())
+        return topk_weights, topk_indices
+
+    def load(self) -> ExpertLoad:
+        """Choices of the last forward pass.
+
+        Raises:
+            ValueError: before the first one.
+        """
+        counts = self.router.tokens_per_expert
+        if counts is None:
+            raise ValueError("There is no expert load yet: run a forward pass first.")
+        tokens = counts.sum().item() // self.router.top_k
+        return ExpertLoad(counts[: self.experts.num_experts], counts[self.experts.num_experts :], tokens)
+
+    def compute(
+        self, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_indices: torch.Tensor
+    ) -> torch.Tensor:
+        """The experts' part of `forward`, for routes that are known."""
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
+        num_real = self.experts.num_experts
+        output = self.experts(tokens, topk_indices.clamp_max(num_real), topk_weights)
+        if self.has_identity:
+            weight = topk_weights.masked_fill(topk_indices < num_real, 0.0).sum(-1, keepdim=True)  # (T, 1)
+            output = (output + weight * tokens).to(hidden_states.dtype)  # added in float32, rounded once
+        return output.view_as(hidden_states)

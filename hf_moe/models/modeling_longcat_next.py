@@ -1,0 +1,46 @@
+"""The text trunk of LongCat-Next: LongCat-Flash-Lite with other n-gram rules and a head for text.
+
+Image and audio tokenizers and their heads are neither loaded nor saved.
+"""
+
+import torch
+from transformers.generation import GenerationMixin
+
+from .configuration_longcat_next import LongcatNextConfig
+from .modeling_longcat_flash_ngram import LongcatFlashNgramForCausalLM, LongcatFlashNgramModel
+from .weights_experts import register_expert_converters
+
+_OTHER_MODALITIES = [r"(visual|audio)_(tokenizer|head)\.", r"(visual|audio)_(embed|bridge|offset)"]
+
+
+class LongcatNextModel(LongcatFlashNgramModel):
+    """The decoder without a head.
+
+    Ids beyond the text vocabulary count as id 0, which ends n-grams and has none of its own: such a position keeps its
+    word embedding undivided. A hash of zero adds nothing.
+    """
+
+    config_class = LongcatNextConfig
+    zero_hash_is_empty = True
+    _keys_to_ignore_on_load_unexpected = _OTHER_MODALITIES
+
+    def _hashed_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return input_ids.masked_fill(input_ids >= self.config.text_vocab_size, 0)
+
+    def _combine(self, input_ids, word_embeds: torch.Tensor, ngram_ids: torch.Tensor) -> torch.Tensor:
+        ignored = self._hashed_tokens(input_ids) == 0
+        return torch.where(ignored.unsqueeze(-1), word_embeds, super()._combine(input_ids, word_embeds, ngram_ids))
+
+
+class LongcatNextForCausalLM(LongcatFlashNgramForCausalLM, GenerationMixin):
+    """The decoder with the language model head."""
+
+    config_class = LongcatNextConfig
+    model_class = LongcatNextModel
+    _keys_to_ignore_on_load_unexpected = _OTHER_MODALITIES
+    _tied_weights_keys = {}
+
+
+register_expert_converters("LongcatNextModel", "LongcatNextForCausalLM")
+
+__all__ = ["LongcatNextForCausalLM", "LongcatNextModel"]
