@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from testing import assert_close, can_run_kernels
+from testing import GOLDENS, assert_close, assert_golden, can_run_kernels, load_golden
+from transformers import AutoModelForCausalLM
 
+import hf_moe  # noqa: F401  registers the families
 from hf_moe.models import kernel_fp8, op_fp8, op_quant
 from hf_moe.models.op_fp8 import Fp8Format, fp8_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP8 = torch.float8_e4m3fn
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []  # there, part of the GPU queue
 kernels = pytest.mark.skipif(not can_run_kernels(), reason="kernels cannot run here")
 # Rows, input features, output features: odd sizes, whole blocks, the 576 rows of kv_a_proj_with_mqa.
 SIZES = [(1, 128, 128), (3, 200, 72), (17, 384, 576), (70, 130, 257), (5, 1024, 64)]
@@ -227,3 +230,30 @@ def test_no_rows():
 )
 def test_split_count(depth, tiles, wanted):
     assert kernel_fp8.split_count(depth, tiles, 132) == wanted
+
+
+@kernels
+def test_a_model_on_kernels_gives_the_golden_logits(monkeypatch):
+    """The layers with everything that a GPU would run, here interpreted."""
+    monkeypatch.setattr(op_fp8, "_uses_kernels", lambda tensor, dtype, fp8: True)
+    monkeypatch.setattr(op_fp8, "converts_fp8", lambda device: True)
+    expected, _ = load_golden("v3_fp8")
+    model = AutoModelForCausalLM.from_pretrained(GOLDENS / "v3_fp8", dtype=torch.float32).to(DEVICE).eval()
+    ids = expected["input_ids"][:1, :6].to(DEVICE)
+    with torch.no_grad():
+        for mla_mode in ("expanded", "absorbed"):
+            model.config.mla_mode = mla_mode
+            model.set_fp8_activations(False)
+            assert_golden("logits", model(ids).logits.cpu(), expected["logits"][:1, :6], "logits")
+        model.config.mla_mode = "expanded"
+        model.set_fp8_activations(True)
+        exact, wanted = (expected[name][:1, :6] for name in ("logits", "logits_actquant"))
+        assert (model(ids).logits.cpu() - wanted).norm() < 0.2 * (exact - wanted).norm()
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    model.set_fp8_activations(False)
+    model(inputs_embeds=embeds).logits.square().sum().backward()
+    on_kernels = embeds.grad.clone()
+    monkeypatch.undo()
+    embeds.grad = None
+    model(inputs_embeds=embeds).logits.square().sum().backward()
+    assert_close("gradient", on_kernels, embeds.grad, "float32_grad")

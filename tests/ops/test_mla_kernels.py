@@ -3,12 +3,16 @@
 import pytest
 import torch
 from testing import assert_close, can_run_kernels
+from tiny import left_padded, random_ids, tiny_model
 
-from hf_moe.models import kernel_mla
+from hf_moe.models import kernel_mla, layer_mla
 from hf_moe.models.kernel_mla import mla_decode, mla_tile, split_count
 from hf_moe.models.layer_mla import absorbed_attention
+from hf_moe.models.op_mla import latent_decode
 
-pytestmark = pytest.mark.skipif(not can_run_kernels(), reason="kernels cannot run here")
+pytestmark = [pytest.mark.skipif(not can_run_kernels(), reason="kernels cannot run here")]
+if torch.cuda.is_available():  # there they are part of the GPU queue
+    pytestmark.append(pytest.mark.gpu)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMAT = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 DTYPES = [pytest.param(torch.bfloat16, id="bfloat16")]
@@ -94,3 +98,22 @@ def test_split_count(context, programs, wanted):
 def test_tiles_are_chosen_by_rows_and_capability():
     assert [mla_tile(rows, (9, 0)).block_m for rows in (1, 16, 20, 64, 128)] == [16, 16, 32, 64, 64]
     assert mla_tile(128, (8, 9)).block_m == 32
+
+
+@pytest.mark.parametrize("batch", ["plain", "left padded"])
+def test_cached_steps_of_a_model_on_the_kernel(batch, monkeypatch):
+    model = tiny_model(mla_mode="absorbed", attn_implementation="sdpa").to(DEVICE)
+    ids, mask = left_padded([random_ids(1, 9)[0], random_ids(1, 14)[0]])
+    if batch == "plain":
+        ids, mask = random_ids(2, 14), torch.ones(2, 14, dtype=torch.long)
+    calls = []
+    monkeypatch.setattr(layer_mla, "decodes_on_kernels", lambda query, latent, mask: True)
+    monkeypatch.setattr(layer_mla, "latent_decode", lambda *args: calls.append(1) or latent_decode(*args))
+    with torch.no_grad():
+        cache = model(ids[:, :12], attention_mask=mask[:, :12], use_cache=True).past_key_values
+        first = model(ids[:, 12:13], attention_mask=mask[:, :13], past_key_values=cache).logits
+        second = model(ids[:, 13:], attention_mask=mask, past_key_values=cache).logits
+        assert len(calls) == 3 * 3
+        monkeypatch.undo()
+        whole = model(ids, attention_mask=mask).logits
+    assert_close("logits", torch.cat((first, second), dim=1), whole[:, 12:], "float32")
