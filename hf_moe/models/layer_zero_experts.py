@@ -48,7 +48,7 @@ class ZeroExpertMoE(nn.Module):
         topk_weights: torch.Tensor | None = None,
         topk_indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(batch, seq, H) to (batch, seq, H), by the routes from `route`, which is asked for them if they are not given."""
+        """(batch, seq, H) to (batch, seq, H), by the routes that `route` gave, or gives if they are left out."""
         if topk_weights is None:
             topk_weights, topk_indices = self.route(hidden_states)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)

@@ -221,7 +221,7 @@ def test_fp8_edge_blocks_are_decoded():
 
 
 def test_fp8_weights_stay_fp8():
-    """All that the release quantises, and nothing else: attention, dense MLPs, experts, and the MTP layer's matrices."""
+    """All that the release quantises, and nothing else: attention, dense MLPs, experts, matrices of the MTP layer."""
     model, stored = load("longcat_fp8"), read_tensors(GOLDENS / "longcat_fp8")
     in_file = {
         name for name, tensor in stored.items() if tensor.dtype == torch.float8_e4m3fn and ".experts." not in name
