@@ -131,6 +131,12 @@ class RouterClassifier(nn.Module):
         self.weight = nn.Parameter(torch.empty(columns, hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(columns, dtype=torch.float32)) if bias else None
 
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(T, hidden) to (T, columns), in float32 or wider."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(wide)
+        return linear(hidden_states.to(wide), self.weight.to(wide), bias)
+
 
 class ZeroExpertRouter(TopkRouter):
     """Top-k router of LongCat over N real experts and, behind them, Z zero experts (technical report, section 2.1).
@@ -166,9 +172,7 @@ class ZeroExpertRouter(TopkRouter):
         return counts if self._last_token_mask is None else counts * self._last_token_mask
 
     def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.classifier.weight, self.classifier.bias
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return linear(hidden_states.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+        return self.classifier(hidden_states)
 
     def _weigh(self, topk_scores: torch.Tensor) -> torch.Tensor:
         if self.norm_topk_prob:

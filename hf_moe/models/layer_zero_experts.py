@@ -42,14 +42,32 @@ class ZeroExpertMoE(nn.Module):
         self.experts._is_expert_parallel = True
         self.has_identity = config.zero_expert_num > 0 and config.zero_expert_type == "identity"
 
-    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """(batch, seq, H) to (batch, seq, H). `token_mask`, (batch, seq) bool, only concerns the statistics."""
-        return self.compute(hidden_states, *self.route(hidden_states, token_mask))
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        topk_weights: torch.Tensor | None = None,
+        topk_indices: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(batch, seq, H) to (batch, seq, H), by the routes that `route` gave, or gives if they are left out."""
+        if topk_weights is None:
+            topk_weights, topk_indices = self.route(hidden_states)
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
+        num_real = self.experts.num_experts
+        is_zero = topk_indices >= num_real  # (T, K)
+        # Their weights, too: older Transformers take the last expert for an id behind it, at no weight.
+        output = self.experts(tokens, topk_indices.clamp_max(num_real), topk_weights.masked_fill(is_zero, 0.0))
+        if self.has_identity:
+            weight = (topk_weights * is_zero).sum(-1, keepdim=True)  # (T, 1)
+            output = (output + weight * tokens).to(hidden_states.dtype)  # added in float32, rounded once
+        return output.view_as(hidden_states)
 
     def route(
         self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights (T, K) float32 and ids (T, K) int64, ids of zero experts included."""
+        """Weights (T, K) float32 and ids (T, K) int64, ids of zero experts included.
+
+        `token_mask`, (batch, seq) bool, leaves padding out of the statistics.
+        """
         _, topk_weights, topk_indices = self.router(hidden_states, None if token_mask is None else token_mask.flatten())
         return topk_weights, topk_indices
 
@@ -64,15 +82,3 @@ class ZeroExpertMoE(nn.Module):
             raise ValueError("There is no expert load yet: run a forward pass first.")
         tokens = counts.sum().item() // self.router.top_k
         return ExpertLoad(counts[: self.experts.num_experts], counts[self.experts.num_experts :], tokens)
-
-    def compute(
-        self, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_indices: torch.Tensor
-    ) -> torch.Tensor:
-        """The experts' part of `forward`, for routes that are known."""
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        num_real = self.experts.num_experts
-        output = self.experts(tokens, topk_indices.clamp_max(num_real), topk_weights)
-        if self.has_identity:
-            weight = topk_weights.masked_fill(topk_indices < num_real, 0.0).sum(-1, keepdim=True)  # (T, 1)
-            output = (output + weight * tokens).to(hidden_states.dtype)  # added in float32, rounded once
-        return output.view_as(hidden_states)

@@ -524,6 +524,8 @@ def _extend_device_map(model: MoePreTrainedModel, device_map: dict | None) -> No
         stem, index = last.rsplit(".", 1)
         for layer in range(int(index) + 1, len(model.base_model.layers)):
             device_map[f"{stem}.{layer}"] = device_map[last]
+        if getattr(model.base_model, "mtp", None) is not None:  # LongCat's stand in a module of their own
+            device_map.setdefault(stem.removesuffix("layers") + "mtp", device_map[last])
 
 
 def _replace_files(staging: Path, target: Path, variant: str | None) -> None:

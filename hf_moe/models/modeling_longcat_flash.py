@@ -73,11 +73,12 @@ class LongcatFlashDecoderLayer(GradientCheckpointingLayer):
 
     def _start_experts(self, normed: torch.Tensor, token_mask: torch.Tensor | None):
         """Starts the experts, on a second stream where there is one; returns what waits for their output."""
-        if not self.overlap_experts:
-            output = self.mlp(normed, token_mask)
-            return lambda: output
         # Routes are made on the main stream, where their statistics are read.
-        return branch(self.mlp.compute, normed, *self.mlp.route(normed, token_mask))
+        routes = self.mlp.route(normed, token_mask)
+        if not self.overlap_experts:
+            output = self.mlp(normed, *routes)
+            return lambda: output
+        return branch(self.mlp, normed, *routes)
 
 
 class _MTPNorm(nn.Module):
@@ -146,13 +147,17 @@ class LongcatFlashMTP(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
+_states_of_layers = OutputRecorder(LongcatFlashDecoderLayer)
+_states_of_layers.num_hidden_layers_key = "num_layers"  # how many; not known to older Transformers
+
+
 class LongcatFlashPreTrainedModel(MoePreTrainedModel):
     config_class = LongcatFlashConfig
     _no_split_modules = ["LongcatFlashDecoderLayer", "LongcatFlashMTPLayer"]
     _keep_in_fp32_modules_strict = ["router.classifier", "e_score_correction_bias"]
     _fp8_modules_to_not_convert = ("lm_head",)
     _can_record_outputs = {
-        "hidden_states": OutputRecorder(LongcatFlashDecoderLayer, num_hidden_layers_key="num_layers"),
+        "hidden_states": _states_of_layers,
         "attentions": LatentAttention,
         "router_logits": OutputRecorder(ZeroExpertRouter, index=0),
     }

@@ -221,7 +221,7 @@ def test_fp8_edge_blocks_are_decoded():
 
 
 def test_fp8_weights_stay_fp8():
-    """All that the release quantises, and nothing else: attention, dense MLPs, experts, and the MTP layer's matrices."""
+    """All that the release quantises, and nothing else: attention, dense MLPs, experts, matrices of the MTP layer."""
     model, stored = load("longcat_fp8"), read_tensors(GOLDENS / "longcat_fp8")
     in_file = {
         name for name, tensor in stored.items() if tensor.dtype == torch.float8_e4m3fn and ".experts." not in name
@@ -282,12 +282,12 @@ def assert_is_the_mistake(actual: float, case: str, name: str) -> None:
 def test_trap_zero_expert_weights_are_scaled(case, monkeypatch):
     model, expected = fresh(case), load_golden(case)[0]
     for layer in model.model.layers:
-        original, num_real = layer.mlp.compute, model.config.n_routed_experts
+        original, num_real = layer.mlp.forward, model.config.n_routed_experts
 
         def unscaled(states, weights, indices, original=original, num_real=num_real):
             return original(states, torch.where(indices < num_real, weights, weights / 6.0), indices)
 
-        monkeypatch.setattr(layer.mlp, "compute", unscaled)
+        monkeypatch.setattr(layer.mlp, "forward", unscaled)
     off = error(run(model, expected).logits, expected["logits"], expected)
     assert_is_the_mistake(off, case, "effect_of_not_scaling_zero_expert_weights")
 
@@ -703,6 +703,28 @@ def test_round_trip_is_bitwise(case, max_shard_size, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     expected = load_golden(case)[0]
     assert_golden("logits", real_only(run(again, expected).logits, expected), expected["logits"], "logits")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_device_map_with_layers_on_disk(case, tmp_path):
+    """A map by layers, as `device_map="auto"` makes it, which knows nothing of the MTP layers yet."""
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    if case == "longcat_lite_ngram":
+        device_map["model.ngram_embeddings"] = "cpu"
+    if load(case).config.num_layers == 2:
+        del device_map["model.layers.2"]
+    model = AutoModelForCausalLM.from_pretrained(
+        GOLDENS / case, dtype=torch.float32, device_map=device_map, offload_folder=tmp_path / "offload", dequantize=True
+    ).eval()
+    expected = load_golden(case)[0]
+    output = run(model, expected, output_mtp_logits=True)
+    assert_golden("logits", real_only(output.logits, expected), expected["logits"], "logits")
+    if case in MTP_CASES:
+        assert_golden("mtp", real_only(output.mtp_logits[0], expected), expected["mtp_logits"], "mtp_logits")
+    model.save_pretrained(tmp_path / "saved")
+    stored = decode_checkpoint(read_tensors(GOLDENS / case))
+    assert_same_tensors(read_tensors(tmp_path / "saved"), {name: tensor.float() for name, tensor in stored.items()})
 
 
 def test_an_equal_mtp_embedding_is_held_once_and_written_back(tmp_path):

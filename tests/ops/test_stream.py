@@ -1,4 +1,4 @@
-"""The second stream: never on the CPU, while compiling or capturing; and the order of waits, on streams that record it."""
+"""The second stream: never on the CPU, while compiling or capturing; and the order of waits, on pretended streams."""
 
 import contextlib
 
