@@ -41,7 +41,9 @@ def forward(dtype: torch.dtype, rows: tuple[int, ...], save_pre: bool = False) -
         inner, _ = kernel_experts.gate_up(x, gate_up, None, layout, TOP_K, out_dtype=dtype, save_pre=save_pre)
         factors = empty(tokens * TOP_K, dtype=torch.float32)
         out_dtype = torch.float32 if block_m == 16 else dtype
-        out = kernel_experts.down(inner, down, None, layout, factors, out_dtype=out_dtype)
+        out = kernel_experts.multiply_rows(
+            inner, down, None, layout, TOP_K, out_dtype=out_dtype, to_slots=True, factors=factors
+        )
         kernel_experts.combine(out, empty(tokens, TOP_K, dtype=torch.int64), EXPERTS, dtype)
 
 

@@ -4,8 +4,9 @@ Two grouped products over the sorted rows of `kernel_routing.Layout`:
 
 * `gate_up_kernel` gathers the tokens of its rows while it loads them, multiplies them with the gate and the up matrix of
   their expert, and applies SwiGLU before it stores.
-* `down_kernel` multiplies with the down matrix and the routing weight, and stores each row in the place of its slot,
-  so that the K rows of a token are neighbours.
+* `rows_kernel`, as the down product, multiplies with the down matrix and the routing weight, and stores each row in the
+  place of its slot, so that the K rows of a token are neighbours. It also serves the low-rank products of LoRA and the
+  gradient of the tokens.
 
 `combine_kernel` then adds the K rows of each token in their order. No two programs write to one place and nothing is
 added atomically: the same inputs give the same bits. The rows in between cost T * K * H elements written and read,
@@ -198,11 +199,11 @@ def product(
 
 
 @jit
-def lora_sum(acc, low_ptr, factor_ptrs, rows, R: tl.constexpr, BLOCK_R: tl.constexpr):
+def lora_sum(acc, low_ptr, factor_ptrs, rows, R: tl.constexpr, BLOCK_R: tl.constexpr, STRIDE: tl.constexpr):
     """`acc` + low-rank rows (N, R) times factors, given as pointers to each column's value for rank 0."""
     r = tl.arange(0, BLOCK_R)
     low = tl.load(low_ptr + rows[:, None] * R + r[None, :], mask=r[None, :] < R, other=0.0)
-    factor = tl.load(factor_ptrs[None, :] + r[:, None], mask=r[:, None] < R, other=0.0)
+    factor = tl.load(factor_ptrs[None, :] + r[:, None] * STRIDE, mask=r[:, None] < R, other=0.0)
     return dot(low, factor.to(low.dtype), acc)
 
 
@@ -274,7 +275,7 @@ def gate_up_kernel(
             BLOCK_K,
         )
         if R:
-            acc = lora_sum(acc, low_ptr, lora_ptr + expert * (2 * I * R) + weight_rows * R, rows, R, BLOCK_R)
+            acc = lora_sum(acc, low_ptr, lora_ptr + expert * (2 * I * R) + weight_rows * R, rows, R, BLOCK_R, 1)
         gate, up = halves(acc, BLOCK_M, HALF)
         columns = n * HALF + tl.arange(0, HALF)
         mask = valid[:, None] & (columns[None, :] < I)
@@ -287,23 +288,30 @@ def gate_up_kernel(
 
 
 @jit
-def down_kernel(
-    x_ptr,  # (N, IN) sorted rows
-    x_scale_ptr,  # (N, ceil(IN / 128)) float32 for FP8 rows, or unused
-    weight_ptr,  # (E, OUT, IN)
-    scale_ptr,  # (E, ceil(OUT / 128), ceil(IN / 128)), or unused
-    low_ptr,  # (N, R) sorted rows times LoRA's A, or unused
-    lora_ptr,  # (E, OUT, R) LoRA's B, or unused
-    factors_ptr,  # (N,) routing weight of each slot
-    out_ptr,  # (N, OUT) rows in the order of the slots
+def rows_kernel(
+    x_ptr,  # (T, IN) rows of tokens if GATHER, else (N, IN) sorted rows
+    x_scale_ptr,  # (rows of x, ceil(IN / 128)) float32 for FP8 rows, or unused
+    weight_ptr,  # (E, OUT, IN), or (E, IN, OUT) if TRANSPOSED
+    scale_ptr,  # (E, ceil(OUT / 128), ceil(IN / 128)), or with the last two exchanged; or unused
+    low_ptr,  # (N, R) low-rank sorted rows, or unused
+    lora_ptr,  # (E, OUT, R), or (E, R, OUT) if TRANSPOSED; or unused
+    factors_ptr,  # (N,) factor of each slot's row, or unused
+    out_ptr,  # (N, OUT) rows in the order of the slots if TO_SLOTS, else sorted rows
     order_ptr,
     offsets_ptr,
     tiles_ptr,
     num_tiles_ptr,
     max_tiles,
+    alpha,  # factor of every row
+    K: tl.constexpr,
     IN: tl.constexpr,
     OUT: tl.constexpr,
     R: tl.constexpr,  # 0 without LoRA
+    PARTS: tl.constexpr,  # pieces of the inner dimension whose blocks of scales are apart
+    GATHER: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TO_SLOTS: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
     X_FP8: tl.constexpr,
     WEIGHT: tl.constexpr,
     UE8M0: tl.constexpr,
@@ -313,39 +321,58 @@ def down_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    GRID_K: tl.constexpr = (IN + _SCALE_BLOCK - 1) // _SCALE_BLOCK
+    DEPTH: tl.constexpr = IN // PARTS
+    GRID_K: tl.constexpr = (DEPTH + _SCALE_BLOCK - 1) // _SCALE_BLOCK  # of one part
     GRID_N: tl.constexpr = (OUT + _SCALE_BLOCK - 1) // _SCALE_BLOCK
+    STRIDE_K: tl.constexpr = OUT if TRANSPOSED else 1
+    STRIDE_N: tl.constexpr = 1 if TRANSPOSED else IN
+    SCALE_K: tl.constexpr = GRID_N if TRANSPOSED else 1
+    SCALE_N: tl.constexpr = 1 if TRANSPOSED else PARTS * GRID_K
+    LORA_R: tl.constexpr = OUT if TRANSPOSED else 1
+    LORA_N: tl.constexpr = 1 if TRANSPOSED else R
     tiles_m = tl.load(num_tiles_ptr)
     tiles_n: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         m, n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         expert, rows, slots, valid = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
         columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
-        weight_rows = tl.minimum(columns, OUT - 1)  # the last tile repeats the last one
+        inside = tl.minimum(columns, OUT - 1)  # the last tile repeats the last column
         k = tl.arange(0, BLOCK_K)
-        acc = product(
-            tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
-            x_ptr + rows[:, None] * IN + k[None, :],
-            x_scale_ptr + rows * GRID_K if X_FP8 else None,
-            weight_ptr + expert * (OUT * IN) + weight_rows[None, :] * IN + k[:, None],
-            scale_ptr + (expert * GRID_N + n * BLOCK_N // _SCALE_BLOCK) * GRID_K if WEIGHT else None,
-            columns,
-            IN,
-            1,
-            1,
-            0,
-            X_FP8,
-            WEIGHT,
-            UE8M0,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        )
+        x_rows = slots // K if GATHER else rows
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for part in tl.static_range(PARTS):
+            scale = expert * (PARTS * GRID_K * GRID_N) + part * GRID_K * SCALE_K + n * BLOCK_N // _SCALE_BLOCK * SCALE_N
+            acc = product(
+                acc,
+                x_ptr + x_rows[:, None] * IN + part * DEPTH + k[None, :],
+                x_scale_ptr + x_rows * GRID_K if X_FP8 else None,
+                weight_ptr
+                + expert * (OUT * IN)
+                + part * DEPTH * STRIDE_K
+                + inside[None, :] * STRIDE_N
+                + k[:, None] * STRIDE_K,
+                scale_ptr + scale if WEIGHT else None,
+                columns,
+                DEPTH,
+                STRIDE_K,
+                SCALE_K,
+                0,
+                X_FP8,
+                WEIGHT,
+                UE8M0,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
         if R:
-            acc = lora_sum(acc, low_ptr, lora_ptr + expert * (OUT * R) + weight_rows * R, rows, R, BLOCK_R)
-        acc *= tl.load(factors_ptr + slots).to(tl.float32)[:, None]
+            factor_ptrs = lora_ptr + expert * (OUT * R) + inside * LORA_N
+            acc = lora_sum(acc, low_ptr, factor_ptrs, rows, R, BLOCK_R, LORA_R)
+        if HAS_FACTORS:
+            acc *= tl.load(factors_ptr + slots).to(tl.float32)[:, None]
+        out = narrow(acc * alpha, out_ptr.dtype.element_ty)
+        out_rows = slots if TO_SLOTS else rows
         mask = valid[:, None] & (columns[None, :] < OUT)
-        tl.store(out_ptr + slots[:, None] * OUT + columns[None, :], narrow(acc, out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + out_rows[:, None] * OUT + columns[None, :], out, mask=mask)
 
 
 @jit
@@ -399,9 +426,8 @@ def weight_options(weight: torch.Tensor, scale: torch.Tensor | None) -> dict:
     return {"WEIGHT": weight_kind(weight), "UE8M0": scale is not None and scale.dtype == torch.float8_e8m0fnu}
 
 
-def lora_options(factor: torch.Tensor | None) -> dict:
+def lora_options(rank: int) -> dict:
     """Rank and its padded size: a product has an inner dimension of 16 at least."""
-    rank = 0 if factor is None else factor.shape[-1]
     return {"R": rank, "BLOCK_R": max(16, next_power_of_2(rank))}
 
 
@@ -442,48 +468,76 @@ def gate_up(
         X_FP8=x_scale is not None,
         SAVE_PRE=save_pre,
         **weight_options(weight, scale),
-        **lora_options(lora_b),
+        **lora_options(0 if low is None else low.shape[1]),
         **options,
     )
     return out, pre
 
 
-def down(
+def multiply_rows(
     rows: torch.Tensor,
     weight: torch.Tensor,
     scale: torch.Tensor | None,
     layout: Layout,
-    factors: torch.Tensor,
+    top_k: int,
     *,
     out_dtype: torch.dtype,
+    gather: bool = False,
+    transposed: bool = False,
+    to_slots: bool = False,
+    parts: int = 1,
+    factors: torch.Tensor | None = None,
+    alpha: float = 1.0,
     x_scale: torch.Tensor | None = None,
     low: torch.Tensor | None = None,
-    lora_b: torch.Tensor | None = None,
+    lora: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rows (N, OUT) in the order of the slots, times their routing weights; rows of no expert are not written."""
-    out_features, device = weight.shape[1], rows.device
-    kind = weight_kind(weight)
+    """Each row times the weight of its expert: (N, OUT).
+
+    Args:
+        rows: (N, IN) sorted rows, or (T, IN) rows of tokens with `gather`.
+        weight: (E, OUT, IN), or (E, IN, OUT) with `transposed`.
+        scale: of an FP8 weight.
+        to_slots: results in the order of the slots, instead of sorted; those of no expert are not written.
+        parts: 2 if the inner dimension is that of a stacked gate and up, whose blocks of scales are apart.
+        factors: (N,) float of each slot.
+        alpha: factor of all.
+        low, lora: (N, R) sorted low-rank rows and their (E, OUT, R), or (E, R, OUT) with `transposed`.
+    """
+    inner, out_features = weight.shape[1:] if transposed else weight.shape[:0:-1]
+    device, kind = rows.device, weight_kind(weight)
     tile = product_tile(layout.block_m, rows.dtype, kind, compute_capability(device))
-    out = torch.empty(rows.shape[0], out_features, dtype=out_dtype, device=device)
-    grid, options = launch_options(tile, layout, out_features, device)
+    if out_features <= 64:
+        tile = tile._replace(block_n=max(16, next_power_of_2(out_features)))
     if kind != PLAIN and tile.block_n > SCALE_BLOCK:
         raise ValueError(f"a tile of {tile.block_n} columns spans more than one block of scales")
-    down_kernel[grid](
+    if kind == PLAIN or inner % (parts * SCALE_BLOCK) == 0:
+        parts = 1  # one piece, or its blocks follow one another
+    out = torch.empty(layout.order.numel(), out_features, dtype=out_dtype, device=device)
+    grid, options = launch_options(tile, layout, out_features, device)
+    rows_kernel[grid](
         as_bytes(rows, kind),
         x_scale,
         as_bytes(weight, kind),
         as_bytes(scale),
         low,
-        lora_b,
+        lora,
         factors,
         out,
         *layout[:4],
         layout.max_tiles,
-        IN=rows.shape[1],
+        float(alpha),
+        K=top_k,
+        IN=inner,
         OUT=out_features,
+        PARTS=parts,
+        GATHER=gather,
+        TRANSPOSED=transposed,
+        TO_SLOTS=to_slots,
+        HAS_FACTORS=factors is not None,
         X_FP8=x_scale is not None,
         **weight_options(weight, scale),
-        **lora_options(lora_b),
+        **lora_options(0 if low is None else low.shape[1]),
         **options,
     )
     return out
