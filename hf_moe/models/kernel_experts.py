@@ -2,8 +2,8 @@
 
 Two grouped products over the sorted rows of `kernel_routing.Layout`:
 
-* `gate_up_kernel` gathers the tokens of its rows while it loads them, multiplies them with the gate and the up matrix of
-  their expert, and applies SwiGLU before it stores.
+* `gate_up_kernel` gathers the tokens of its rows while it loads them, multiplies them with the gate and the up matrix
+  of their expert, and applies SwiGLU before it stores.
 * `rows_kernel`, as the down product, multiplies with the down matrix and the routing weight, and stores each row in the
   place of its slot, so that the K rows of a token are neighbours. It also serves the low-rank products of LoRA and the
   gradient of the tokens.
@@ -83,10 +83,10 @@ def product_tile(block_m: int, dtype: torch.dtype, weight: int, capability: tupl
     if dtype == torch.float32:
         return Tile(block_m, 64, 32, 4, 3, 2 if block_m > 16 else 0)
     if block_m == 16:
-        # A step reads 64 weight rows of 256 bytes (128 in FP8); several programs per multiprocessor keep ~100 KiB coming.
+        # A step reads 64 weight rows of 256 bytes (128 in FP8); the programs of a multiprocessor keep ~100 KiB coming.
         return Tile(16, 64, 128, 4, 3 if small_memory else 4, 0)
     if dtype == torch.float8_e4m3fn:
-        # A step spans one block of scales. Two programs share a multiprocessor: one multiplies while one scales its sums.
+        # A step spans a block of scales. Two programs share a multiprocessor: one multiplies, one scales its sums.
         return Tile(block_m, 128, 128, 4 if block_m == 64 else 8, 2 if small_memory else 3, 2)
     if weight != PLAIN:
         return Tile(block_m, 128, 64, 4 if block_m == 64 else 8, 3, 2)
