@@ -350,9 +350,9 @@ def experts(
         lora or ExpertLora(),
     )
     impl = impl or ("triton" if runs_kernels(hidden_states.device) else "torch")
-    tensors = (gate_up_proj, down_proj, *(lora.factors if lora else ()))
+    tensors = (topk_weights, gate_up_proj, down_proj, *(lora.factors if lora else ()))
     if hidden_states.shape[0] == 0:
-        # Nothing to do, but every parameter takes part in the backward pass.
+        # Nothing to do, but everything takes part in the backward pass.
         trained = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
         return sum((tensor[:0].sum().to(hidden_states.dtype) for tensor in trained), hidden_states.clone())
     if impl == "torch":

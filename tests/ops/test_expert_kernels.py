@@ -17,7 +17,7 @@ interpreted = pytest.mark.skipif(
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The largest shapes take the interpreter minutes.
-SMALL = [shape for shape in MATRIX if shape.tokens * shape.top_k <= 600]
+SMALL = [shape for shape in MATRIX if shape.tokens * shape.top_k <= 400]
 FEW = [Shape(1, 8, 2), Shape(33, 4, 2), Shape(150, 3, 2), Shape(17, 8, 2, "empty"), Shape(40, 8, 3, "skipped")]
 
 
@@ -137,8 +137,8 @@ def test_impossible_choices_are_errors(options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SMALL, ids=str)
 def test_forward(shape, dtype, poisoned):
-    if shape.experts == 256 and dtype == torch.float16:
-        pytest.skip("as in bfloat16")
+    if shape.experts == 256 and dtype != torch.bfloat16:
+        pytest.skip("as in bfloat16, where it takes seconds")
     case = make_case(shape, 40, 24, dtype)
     with torch.no_grad():
         output = experts(*case.arguments(), impl="triton")
