@@ -48,7 +48,6 @@ from .triton_compat import (
 
 # How a kernel reads a weight.
 PLAIN, FP8, FP8_BITS = 0, 1, 2
-_FP8 = constant(FP8)
 _FP8_BITS = constant(FP8_BITS)
 SCALE_BLOCK = 128
 _SCALE_BLOCK = constant(SCALE_BLOCK)
@@ -86,10 +85,11 @@ def product_tile(block_m: int, dtype: torch.dtype, weight: int, capability: tupl
         # A step reads 64 weight rows of 256 bytes (128 in FP8); the programs of a multiprocessor keep ~100 KiB coming.
         return Tile(16, 64, 128, 4, 3 if small_memory else 4, 0)
     if dtype == torch.float8_e4m3fn:
-        # A step spans a block of scales. Two programs share a multiprocessor: one multiplies, one scales its sums.
-        return Tile(block_m, 128, 128, 4 if block_m == 64 else 8, 2 if small_memory else 3, 2)
+        # A step spans a block of scales. The large tile keeps two sums, see `product_pair`.
+        stages = 2 if small_memory else 3
+        return Tile(64, 128, 128, 4, stages, 2) if block_m == 64 else Tile(128, 256, 128, 8, stages, 1)
     if weight != PLAIN:
-        return Tile(block_m, 128, 64, 4 if block_m == 64 else 8, 3, 2)
+        return Tile(64, 128, 64, 4, 3, 2) if block_m == 64 else Tile(128, 128, 64, 8, 3, 1)
     if block_m == 64:
         return Tile(64, 128, 64, 4, 3, 2)
     if capability[0] == 8 or small_memory:
@@ -111,10 +111,10 @@ def load_scale(ptr, UE8M0: tl.constexpr):
 def widen(weight, dtype: tl.constexpr, WEIGHT: tl.constexpr):
     """A tile of weights in the dtype of the activations. FP8 values are exact in it."""
     if WEIGHT == _FP8_BITS:
-        weight = e4m3_to_float(weight, dtype)
-    elif WEIGHT == _FP8:
-        weight = weight.to(dtype)
-    return weight
+        wide = e4m3_to_float(weight, dtype)
+    else:
+        wide = weight.to(dtype)
+    return wide
 
 
 @jit
@@ -144,8 +144,24 @@ def tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M: tl.cons
 def load_k(ptrs, k, limit: tl.constexpr, EVEN_K: tl.constexpr, axis: tl.constexpr):
     """A tile of an operand at inner offset `k`; zeros past `limit`."""
     if EVEN_K:
-        return tl.load(ptrs)
-    return tl.load(ptrs, mask=tl.expand_dims(k < limit, axis), other=0.0)
+        tile = tl.load(ptrs)
+    else:
+        tile = tl.load(ptrs, mask=tl.expand_dims(k < limit, axis), other=0)
+    return tile
+
+
+@jit
+def load_weight(ptrs, k, limit: tl.constexpr, EVEN_K: tl.constexpr, columns, COLUMNS: tl.constexpr):
+    """A (BLOCK_K, BLOCK_N) tile of a weight at inner offset `k`; zeros past `limit`, and past COLUMNS if that is not
+    0. Where columns are neighbours in memory, they must not be repeated past the end: it would hide that from the
+    compiler, which could no longer copy them in pieces."""
+    if COLUMNS == 0:
+        tile = load_k(ptrs, k, limit, EVEN_K, 1)
+    elif EVEN_K:
+        tile = tl.load(ptrs, mask=(columns < COLUMNS)[None, :], other=0)
+    else:
+        tile = tl.load(ptrs, mask=(k < limit)[:, None] & (columns < COLUMNS)[None, :], other=0)
+    return tile
 
 
 @jit
@@ -166,13 +182,15 @@ def product(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    columns=None,  # (BLOCK_N,) of the result
+    COLUMNS: tl.constexpr = 0,  # how many there are, if those past the end must not be read
 ):
     """`acc` + rows times weights over DEPTH. FP8 sums are scaled once per step, in float32."""
     EVEN_K: tl.constexpr = DEPTH % BLOCK_K == 0
     k = tl.arange(0, BLOCK_K)
     for start in range(0, DEPTH, BLOCK_K):
         x = load_k(x_ptrs, start + k, DEPTH, EVEN_K, 0)
-        weight = load_k(weight_ptrs, start + k, DEPTH, EVEN_K, 1)
+        weight = load_weight(weight_ptrs, start + k, DEPTH, EVEN_K, columns, COLUMNS)
         if WEIGHT:
             block = start // _SCALE_BLOCK
             scale = load_scale(scale_ptr + block * SCALE_STRIDE, UE8M0)
@@ -196,6 +214,47 @@ def product(
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K * WEIGHT_STRIDE
     return acc
+
+
+@jit
+def product_pair(
+    left,  # (BLOCK_M, HALF) float32
+    right,  # (BLOCK_M, HALF) float32
+    x_ptrs,  # (BLOCK_M, BLOCK_K) FP8
+    x_scale_ptrs,  # (BLOCK_M,)
+    left_ptrs,  # (BLOCK_K, HALF) FP8
+    right_ptrs,  # (BLOCK_K, HALF) FP8
+    left_scale_ptr,
+    right_scale_ptr,
+    DEPTH: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    UE8M0: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """FP8 rows times two blocks of columns. A tile of 256 columns reads its rows half as often as two of 128, and with
+    its halves one after the other the sums that wait to be scaled fit into the registers."""
+    EVEN_K: tl.constexpr = DEPTH % BLOCK_K == 0
+    k = tl.arange(0, BLOCK_K)
+    for start in range(0, DEPTH, BLOCK_K):
+        block = start // _SCALE_BLOCK
+        x = load_k(x_ptrs, start + k, DEPTH, EVEN_K, 0)
+        left_weight = load_k(left_ptrs, start + k, DEPTH, EVEN_K, 1)
+        right_weight = load_k(right_ptrs, start + k, DEPTH, EVEN_K, 1)
+        if WEIGHT == _FP8_BITS:
+            x = e4m3_to_float(x, tl.float32)
+            left_weight = e4m3_to_float(left_weight, tl.float32)
+            right_weight = e4m3_to_float(right_weight, tl.float32)
+        x_scale = tl.load(x_scale_ptrs + block)
+        part = dot(x, left_weight, tl.zeros((BLOCK_M, HALF), tl.float32))
+        left += part * (x_scale * load_scale(left_scale_ptr + block, UE8M0))[:, None]
+        part = dot(x, right_weight, tl.zeros((BLOCK_M, HALF), tl.float32))
+        right += part * (x_scale * load_scale(right_scale_ptr + block, UE8M0))[:, None]
+        x_ptrs += BLOCK_K
+        left_ptrs += BLOCK_K
+        right_ptrs += BLOCK_K
+    return left, right
 
 
 @jit
@@ -243,6 +302,7 @@ def gate_up_kernel(
     GROUP_M: tl.constexpr,
 ):
     HALF: tl.constexpr = BLOCK_N // 2
+    PAIR: tl.constexpr = X_FP8 and BLOCK_N == 2 * _SCALE_BLOCK
     GRID_K: tl.constexpr = (H + _SCALE_BLOCK - 1) // _SCALE_BLOCK
     GRID_N: tl.constexpr = (I + _SCALE_BLOCK - 1) // _SCALE_BLOCK
     tiles_m = tl.load(num_tiles_ptr)
@@ -251,32 +311,61 @@ def gate_up_kernel(
         m, n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         expert, rows, slots, valid = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
         tokens = slots // K
-        both = tl.arange(0, BLOCK_N)
-        is_up = both >= HALF
-        # Rows of the weight; the last tile repeats the last one of each half.
-        weight_rows = tl.minimum(n * HALF + both % HALF, I - 1) + tl.where(is_up, I, 0)
         k = tl.arange(0, BLOCK_K)
-        acc = product(
-            tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
-            x_ptr + tokens[:, None] * H + k[None, :],
-            x_scale_ptr + tokens * GRID_K if X_FP8 else None,
-            weight_ptr + expert * (2 * I * H) + weight_rows[None, :] * H + k[:, None],
-            scale_ptr + (expert * (2 * GRID_N) + n * HALF // _SCALE_BLOCK) * GRID_K if WEIGHT else None,
-            is_up,
-            H,
-            1,
-            1,
-            GRID_N * GRID_K,
-            X_FP8,
-            WEIGHT,
-            UE8M0,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        )
-        if R:
-            acc = lora_sum(acc, low_ptr, lora_ptr + expert * (2 * I * R) + weight_rows * R, rows, R, BLOCK_R, 1)
-        gate, up = halves(acc, BLOCK_M, HALF)
+        x_ptrs = x_ptr + tokens[:, None] * H + k[None, :]
+        weight_ptrs = weight_ptr + expert * (2 * I * H) + k[:, None]
+        x_scale_ptrs = x_scale_ptr + tokens * GRID_K if X_FP8 else None
+        scale_ptrs = scale_ptr + (expert * (2 * GRID_N) + n * HALF // _SCALE_BLOCK) * GRID_K if WEIGHT else None
+        if PAIR:
+            gate_rows = tl.minimum(n * HALF + tl.arange(0, HALF), I - 1)  # the last tile repeats the last row
+            gate, up = product_pair(
+                tl.zeros((BLOCK_M, HALF), tl.float32),
+                tl.zeros((BLOCK_M, HALF), tl.float32),
+                x_ptrs,
+                x_scale_ptrs,
+                weight_ptrs + gate_rows[None, :] * H,
+                weight_ptrs + (gate_rows[None, :] + I) * H,
+                scale_ptrs,
+                scale_ptrs + GRID_N * GRID_K,
+                H,
+                WEIGHT,
+                UE8M0,
+                BLOCK_M,
+                HALF,
+                BLOCK_K,
+            )
+            if R:
+                factor_ptrs = lora_ptr + expert * (2 * I * R) + gate_rows * R
+                gate = lora_sum(gate, low_ptr, factor_ptrs, rows, R, BLOCK_R, 1)
+                up = lora_sum(up, low_ptr, factor_ptrs + I * R, rows, R, BLOCK_R, 1)
+        else:
+            both = tl.arange(0, BLOCK_N)
+            is_up = both >= HALF
+            weight_rows = tl.minimum(n * HALF + both % HALF, I - 1) + tl.where(is_up, I, 0)
+            acc = product(
+                tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
+                x_ptrs,
+                x_scale_ptrs,
+                weight_ptrs + weight_rows[None, :] * H,
+                scale_ptrs,
+                is_up,
+                H,
+                1,
+                1,
+                GRID_N * GRID_K,
+                X_FP8,
+                WEIGHT,
+                UE8M0,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
+            if R:
+                factor_ptrs = lora_ptr + expert * (2 * I * R) + weight_rows * R
+                acc = lora_sum(acc, low_ptr, factor_ptrs, rows, R, BLOCK_R, 1)
+            gate, up = halves(acc, BLOCK_M, HALF)
+        # Read again: kept in registers across the loop they would crowd out sums.
+        _, rows, _, valid = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
         columns = n * HALF + tl.arange(0, HALF)
         mask = valid[:, None] & (columns[None, :] < I)
         if SAVE_PRE:
@@ -285,6 +374,39 @@ def gate_up_kernel(
             tl.store(pre_ptrs + I, narrow(up, pre_ptr.dtype.element_ty), mask=mask)
         out = gate / (1 + tl.exp(-gate)) * up
         tl.store(out_ptr + rows[:, None] * I + columns[None, :], narrow(out, out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def finish_rows(
+    acc,
+    columns,
+    place,  # row tile, tiles_ptr, offsets_ptr, order_ptr, max_tiles
+    out,  # low_ptr, lora_ptr, factors_ptr, alpha, out_ptr
+    OUT: tl.constexpr,
+    R: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TO_SLOTS: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """What `rows_kernel` does with a tile of sums: the low-rank part, the factor of each row, the store."""
+    m, tiles_ptr, offsets_ptr, order_ptr, max_tiles = place
+    low_ptr, lora_ptr, factors_ptr, alpha, out_ptr = out
+    # Read again: kept in registers across the product they would crowd out sums.
+    expert, rows, slots, valid = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
+    inside = tl.minimum(columns, OUT - 1)
+    if R and TRANSPOSED:
+        acc = lora_sum(acc, low_ptr, lora_ptr + expert * (OUT * R) + inside, rows, R, BLOCK_R, OUT)
+    elif R:
+        acc = lora_sum(acc, low_ptr, lora_ptr + expert * (OUT * R) + inside * R, rows, R, BLOCK_R, 1)
+    factor = tl.full((BLOCK_M,), alpha, tl.float32)
+    if HAS_FACTORS:
+        factor *= tl.load(factors_ptr + slots).to(tl.float32)
+    acc *= factor[:, None]
+    out_rows = slots if TO_SLOTS else rows
+    mask = valid[:, None] & (columns[None, :] < OUT)
+    tl.store(out_ptr + out_rows[:, None] * OUT + columns[None, :], narrow(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -325,54 +447,77 @@ def rows_kernel(
     GRID_K: tl.constexpr = (DEPTH + _SCALE_BLOCK - 1) // _SCALE_BLOCK  # of one part
     GRID_N: tl.constexpr = (OUT + _SCALE_BLOCK - 1) // _SCALE_BLOCK
     STRIDE_K: tl.constexpr = OUT if TRANSPOSED else 1
-    STRIDE_N: tl.constexpr = 1 if TRANSPOSED else IN
     SCALE_K: tl.constexpr = GRID_N if TRANSPOSED else 1
     SCALE_N: tl.constexpr = 1 if TRANSPOSED else PARTS * GRID_K
-    LORA_R: tl.constexpr = OUT if TRANSPOSED else 1
-    LORA_N: tl.constexpr = 1 if TRANSPOSED else R
+    HALF: tl.constexpr = BLOCK_N // 2
+    PAIR: tl.constexpr = X_FP8 and BLOCK_N == 2 * _SCALE_BLOCK
     tiles_m = tl.load(num_tiles_ptr)
     tiles_n: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         m, n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         expert, rows, slots, valid = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
-        columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = tl.minimum(columns, OUT - 1)  # the last tile repeats the last column
         k = tl.arange(0, BLOCK_K)
         x_rows = slots // K if GATHER else rows
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for part in tl.static_range(PARTS):
-            scale = expert * (PARTS * GRID_K * GRID_N) + part * GRID_K * SCALE_K + n * BLOCK_N // _SCALE_BLOCK * SCALE_N
-            acc = product(
-                acc,
-                x_ptr + x_rows[:, None] * IN + part * DEPTH + k[None, :],
-                x_scale_ptr + x_rows * GRID_K if X_FP8 else None,
-                weight_ptr
-                + expert * (OUT * IN)
-                + part * DEPTH * STRIDE_K
-                + inside[None, :] * STRIDE_N
-                + k[:, None] * STRIDE_K,
-                scale_ptr + scale if WEIGHT else None,
-                columns,
-                DEPTH,
-                STRIDE_K,
-                SCALE_K,
-                0,
-                X_FP8,
+        x_ptrs = x_ptr + x_rows[:, None] * IN + k[None, :]
+        x_scale_ptrs = x_scale_ptr + x_rows * GRID_K if X_FP8 else None
+        weight_ptrs = weight_ptr + expert * (OUT * IN) + k[:, None] * STRIDE_K
+        scale_ptrs = scale_ptr + expert * (PARTS * GRID_K * GRID_N) if WEIGHT else None
+        scale_ptrs = scale_ptrs + n * BLOCK_N // _SCALE_BLOCK * SCALE_N if WEIGHT else None
+        if PAIR:
+            left = n * BLOCK_N + tl.arange(0, HALF)
+            right = left + HALF
+            left_acc, right_acc = product_pair(
+                tl.zeros((BLOCK_M, HALF), tl.float32),
+                tl.zeros((BLOCK_M, HALF), tl.float32),
+                x_ptrs,
+                x_scale_ptrs,
+                weight_ptrs + tl.minimum(left, OUT - 1)[None, :] * IN,
+                weight_ptrs + tl.minimum(right, OUT - 1)[None, :] * IN,
+                scale_ptrs,
+                # A last tile may have no second block: its columns are not stored.
+                scale_ptrs + tl.where(n * 2 + 1 < GRID_N, GRID_K, 0),
+                IN,
                 WEIGHT,
                 UE8M0,
                 BLOCK_M,
-                BLOCK_N,
+                HALF,
                 BLOCK_K,
             )
-        if R:
-            factor_ptrs = lora_ptr + expert * (OUT * R) + inside * LORA_N
-            acc = lora_sum(acc, low_ptr, factor_ptrs, rows, R, BLOCK_R, LORA_R)
-        if HAS_FACTORS:
-            acc *= tl.load(factors_ptr + slots).to(tl.float32)[:, None]
-        out = narrow(acc * alpha, out_ptr.dtype.element_ty)
-        out_rows = slots if TO_SLOTS else rows
-        mask = valid[:, None] & (columns[None, :] < OUT)
-        tl.store(out_ptr + out_rows[:, None] * OUT + columns[None, :], out, mask=mask)
+            place = (m, tiles_ptr, offsets_ptr, order_ptr, max_tiles)
+            out = (low_ptr, lora_ptr, factors_ptr, alpha, out_ptr)
+            finish_rows(left_acc, left, place, out, OUT, R, False, TO_SLOTS, HAS_FACTORS, BLOCK_M, BLOCK_R)
+            finish_rows(right_acc, right, place, out, OUT, R, False, TO_SLOTS, HAS_FACTORS, BLOCK_M, BLOCK_R)
+        else:
+            columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
+            if TRANSPOSED:
+                weight_ptrs += columns[None, :]
+            else:
+                weight_ptrs += tl.minimum(columns, OUT - 1)[None, :] * IN  # the last tile repeats the last row
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for part in tl.static_range(PARTS):
+                acc = product(
+                    acc,
+                    x_ptrs + part * DEPTH,
+                    x_scale_ptrs,
+                    weight_ptrs + part * DEPTH * STRIDE_K,
+                    scale_ptrs + part * GRID_K * SCALE_K if WEIGHT else None,
+                    columns,
+                    DEPTH,
+                    STRIDE_K,
+                    SCALE_K,
+                    0,
+                    X_FP8,
+                    WEIGHT,
+                    UE8M0,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    columns,
+                    OUT if TRANSPOSED and OUT % BLOCK_N else 0,
+                )
+            place = (m, tiles_ptr, offsets_ptr, order_ptr, max_tiles)
+            out = (low_ptr, lora_ptr, factors_ptr, alpha, out_ptr)
+            finish_rows(acc, columns, place, out, OUT, R, TRANSPOSED, TO_SLOTS, HAS_FACTORS, BLOCK_M, BLOCK_R)
 
 
 @jit
@@ -508,8 +653,8 @@ def multiply_rows(
     device, kind = rows.device, weight_kind(weight)
     tile = product_tile(layout.block_m, rows.dtype, kind, compute_capability(device))
     if out_features <= 64:
-        tile = tile._replace(block_n=max(16, next_power_of_2(out_features)))
-    if kind != PLAIN and tile.block_n > SCALE_BLOCK:
+        tile = tile._replace(block_n=max(16, next_power_of_2(out_features)), block_k=min(tile.block_k, 64))
+    if kind != PLAIN and x_scale is None and tile.block_n > SCALE_BLOCK:
         raise ValueError(f"a tile of {tile.block_n} columns spans more than one block of scales")
     if kind == PLAIN or inner % (parts * SCALE_BLOCK) == 0:
         parts = 1  # one piece, or its blocks follow one another

@@ -20,6 +20,7 @@ import torch
 from .kernel_experts import (
     _SCALE_BLOCK,
     as_bytes,
+    halves,
     launch_options,
     lora_options,
     lora_sum,
@@ -32,6 +33,40 @@ from .kernel_experts import (
 )
 from .kernel_routing import Layout
 from .triton_compat import cdiv, compute_capability, dot, jit, narrow, next_power_of_2, tl
+
+
+@jit
+def swiglu_grad(
+    grad,  # (BLOCK_M, WIDTH) of the inner rows, not yet weighted
+    first_column,
+    rows,
+    slots,
+    valid,
+    places,  # pre_ptr, factors_ptr, grad_pre_ptr, inner_ptr
+    I: tl.constexpr,  # noqa: E741
+    SAVE_INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Stores the gradients of gate and up for some columns; returns their share of the routing weights' gradient."""
+    pre_ptr, factors_ptr, grad_pre_ptr, inner_ptr = places
+    columns = first_column + tl.arange(0, WIDTH)
+    mask = valid[:, None] & (columns[None, :] < I)
+    pre_offsets = rows[:, None] * (2 * I) + columns[None, :]
+    gate = tl.load(pre_ptr + pre_offsets, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(pre_ptr + pre_offsets + I, mask=mask, other=0.0).to(tl.float32)
+    sigmoid = 1 / (1 + tl.exp(-gate))
+    inner = gate * sigmoid * up
+    share = tl.sum(tl.where(mask, grad * inner, 0.0), 1)
+    factors = tl.load(factors_ptr + slots).to(tl.float32)[:, None]
+    grad *= factors
+    grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
+    tl.store(grad_pre_ptr + pre_offsets, narrow(grad_gate, grad_pre_ptr.dtype.element_ty), mask=mask)
+    grad_up = narrow(grad * gate * sigmoid, grad_pre_ptr.dtype.element_ty)
+    tl.store(grad_pre_ptr + pre_offsets + I, grad_up, mask=mask)
+    if SAVE_INNER:
+        inner_ptrs = inner_ptr + rows[:, None] * I + columns[None, :]
+        tl.store(inner_ptrs, narrow(inner * factors, inner_ptr.dtype.element_ty), mask=mask)
+    return share
 
 
 @jit
@@ -75,13 +110,12 @@ def inner_grad_kernel(
         m, n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         expert, rows, slots, valid = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
         columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = tl.minimum(columns, I - 1)
         k = tl.arange(0, BLOCK_K)
         grad = product(
             tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
             grad_ptr + (slots // K)[:, None] * H + k[None, :],
             None,
-            weight_ptr + expert * (H * I) + k[:, None] * I + inside[None, :],
+            weight_ptr + expert * (H * I) + k[:, None] * I + columns[None, :],
             scale_ptr + expert * (GRID_K * GRID_N) + n * BLOCK_N // _SCALE_BLOCK if WEIGHT else None,
             columns,
             H,
@@ -94,32 +128,33 @@ def inner_grad_kernel(
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
+            columns,
+            0 if I % BLOCK_N == 0 else I,
         )  # of the inner row, not yet weighted
-        mask = valid[:, None] & (columns[None, :] < I)
         if R:
-            factor_ptrs = lora_ptr + expert * (I * R) + inside
+            factor_ptrs = lora_ptr + expert * (I * R) + tl.minimum(columns, I - 1)
             if HAS_KEPT:
+                mask = valid[:, None] & (columns[None, :] < I)
                 low = lora_sum(tl.zeros_like(grad), low_ptr, factor_ptrs, rows, R, BLOCK_R, I)
                 kept = tl.load(kept_ptr + slots[:, None] * I + columns[None, :], mask=mask, other=0)
                 grad += tl.where(kept != 0, low * kept_factor, 0.0)
             else:
                 grad = lora_sum(grad, low_ptr, factor_ptrs, rows, R, BLOCK_R, I)
-        pre_offsets = rows[:, None] * (2 * I) + columns[None, :]
-        gate = tl.load(pre_ptr + pre_offsets, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(pre_ptr + pre_offsets + I, mask=mask, other=0.0).to(tl.float32)
-        sigmoid = 1 / (1 + tl.exp(-gate))
-        inner = gate * sigmoid * up
-        share = tl.sum(tl.where(mask, grad * inner, 0.0), 1)
+        # In pieces: all that an element needs would not fit into the registers for a whole tile.
+        expert, rows, slots, valid = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
+        places = (pre_ptr, factors_ptr, grad_pre_ptr, inner_ptr)
+        HALF: tl.constexpr = BLOCK_N // 2
+        QUARTER: tl.constexpr = BLOCK_N // 4
+        left, right = halves(grad, BLOCK_M, HALF)
+        first = n * BLOCK_N
+        share = tl.zeros((BLOCK_M,), tl.float32)
+        one, two = halves(left, BLOCK_M, QUARTER)
+        share += swiglu_grad(one, first, rows, slots, valid, places, I, SAVE_INNER, QUARTER)
+        share += swiglu_grad(two, first + QUARTER, rows, slots, valid, places, I, SAVE_INNER, QUARTER)
+        one, two = halves(right, BLOCK_M, QUARTER)
+        share += swiglu_grad(one, first + HALF, rows, slots, valid, places, I, SAVE_INNER, QUARTER)
+        share += swiglu_grad(two, first + HALF + QUARTER, rows, slots, valid, places, I, SAVE_INNER, QUARTER)
         tl.store(shares_ptr + slots * tiles_n + n, share, mask=valid)
-        factors = tl.load(factors_ptr + slots).to(tl.float32)[:, None]
-        grad *= factors
-        grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
-        tl.store(grad_pre_ptr + pre_offsets, narrow(grad_gate, grad_pre_ptr.dtype.element_ty), mask=mask)
-        grad_up = narrow(grad * gate * sigmoid, grad_pre_ptr.dtype.element_ty)
-        tl.store(grad_pre_ptr + pre_offsets + I, grad_up, mask=mask)
-        if SAVE_INNER:
-            inner_ptrs = inner_ptr + rows[:, None] * I + columns[None, :]
-            tl.store(inner_ptrs, narrow(inner * factors, inner_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
