@@ -85,9 +85,11 @@ def product_tile(block_m: int, dtype: torch.dtype, weight: int, capability: tupl
         # A step reads 64 weight rows of 256 bytes (128 in FP8); the programs of a multiprocessor keep ~100 KiB coming.
         return Tile(16, 64, 128, 4, 3 if small_memory else 4, 0)
     if dtype == torch.float8_e4m3fn:
-        # A step spans a block of scales. The large tile keeps two sums, see `product_pair`.
+        # A step spans a block of scales. On 9.0 the large tile of gate and up keeps two sums, see `product_pair`.
         stages = 2 if small_memory else 3
-        return Tile(64, 128, 128, 4, stages, 2) if block_m == 64 else Tile(128, 256, 128, 8, stages, 1)
+        if block_m == 64:
+            return Tile(64, 128, 128, 4, stages, 2)
+        return Tile(128, 256 if capability[0] == 9 else 128, 128, 8, stages, 1)
     if weight != PLAIN:
         return Tile(64, 128, 64, 4, 3, 2) if block_m == 64 else Tile(128, 128, 64, 8, 3, 1)
     if block_m == 64:
@@ -220,10 +222,12 @@ def product(
 def product_pair(
     left,  # (BLOCK_M, HALF) float32
     right,  # (BLOCK_M, HALF) float32
-    x_ptrs,  # (BLOCK_M, BLOCK_K) FP8
-    x_scale_ptrs,  # (BLOCK_M,)
-    left_ptrs,  # (BLOCK_K, HALF) FP8
-    right_ptrs,  # (BLOCK_K, HALF) FP8
+    x_ptr,  # FP8 rows
+    x_rows,  # (BLOCK_M,)
+    x_scale_ptr,  # (rows, ceil(DEPTH / 128)) float32
+    left_ptr,  # FP8 weight of the left half
+    right_ptr,  # FP8 weight of the right half
+    weight_rows,  # (HALF,) of either
     left_scale_ptr,
     right_scale_ptr,
     DEPTH: tl.constexpr,
@@ -234,26 +238,29 @@ def product_pair(
     BLOCK_K: tl.constexpr,
 ):
     """FP8 rows times two blocks of columns. A tile of 256 columns reads its rows half as often as two of 128, and with
-    its halves one after the other the sums that wait to be scaled fit into the registers."""
+    its halves one after the other the sums that wait to be scaled just fit into the registers; so do places as int32
+    offsets, where pointers would not: `x_ptr` holds less than 2**31 elements."""
     EVEN_K: tl.constexpr = DEPTH % BLOCK_K == 0
+    GRID_K: tl.constexpr = (DEPTH + _SCALE_BLOCK - 1) // _SCALE_BLOCK
     k = tl.arange(0, BLOCK_K)
+    x_rows = x_rows.to(tl.int32)
+    x_places = x_rows[:, None] * DEPTH + k[None, :]
+    x_scale_places = x_rows * GRID_K
+    places = weight_rows[None, :] * DEPTH + k[:, None]
     for start in range(0, DEPTH, BLOCK_K):
         block = start // _SCALE_BLOCK
-        x = load_k(x_ptrs, start + k, DEPTH, EVEN_K, 0)
-        left_weight = load_k(left_ptrs, start + k, DEPTH, EVEN_K, 1)
-        right_weight = load_k(right_ptrs, start + k, DEPTH, EVEN_K, 1)
-        if WEIGHT == _FP8_BITS:
+        x = load_k(x_ptr + start + x_places, start + k, DEPTH, EVEN_K, 0)
+        left_weight = load_k(left_ptr + start + places, start + k, DEPTH, EVEN_K, 1)
+        right_weight = load_k(right_ptr + start + places, start + k, DEPTH, EVEN_K, 1)
+        if WEIGHT == _FP8_BITS:  # the interpreter: values that FP8 holds
             x = e4m3_to_float(x, tl.float32)
             left_weight = e4m3_to_float(left_weight, tl.float32)
             right_weight = e4m3_to_float(right_weight, tl.float32)
-        x_scale = tl.load(x_scale_ptrs + block)
+        x_scale = tl.load(x_scale_ptr + block + x_scale_places)
         part = dot(x, left_weight, tl.zeros((BLOCK_M, HALF), tl.float32))
         left += part * (x_scale * load_scale(left_scale_ptr + block, UE8M0))[:, None]
         part = dot(x, right_weight, tl.zeros((BLOCK_M, HALF), tl.float32))
         right += part * (x_scale * load_scale(right_scale_ptr + block, UE8M0))[:, None]
-        x_ptrs += BLOCK_K
-        left_ptrs += BLOCK_K
-        right_ptrs += BLOCK_K
     return left, right
 
 
@@ -321,10 +328,12 @@ def gate_up_kernel(
             gate, up = product_pair(
                 tl.zeros((BLOCK_M, HALF), tl.float32),
                 tl.zeros((BLOCK_M, HALF), tl.float32),
-                x_ptrs,
-                x_scale_ptrs,
-                weight_ptrs + gate_rows[None, :] * H,
-                weight_ptrs + (gate_rows[None, :] + I) * H,
+                x_ptr,
+                tokens,
+                x_scale_ptr,
+                weight_ptr + expert * (2 * I * H),
+                weight_ptr + expert * (2 * I * H) + I * H,
+                gate_rows,
                 scale_ptrs,
                 scale_ptrs + GRID_N * GRID_K,
                 H,
@@ -449,8 +458,6 @@ def rows_kernel(
     STRIDE_K: tl.constexpr = OUT if TRANSPOSED else 1
     SCALE_K: tl.constexpr = GRID_N if TRANSPOSED else 1
     SCALE_N: tl.constexpr = 1 if TRANSPOSED else PARTS * GRID_K
-    HALF: tl.constexpr = BLOCK_N // 2
-    PAIR: tl.constexpr = X_FP8 and BLOCK_N == 2 * _SCALE_BLOCK
     tiles_m = tl.load(num_tiles_ptr)
     tiles_n: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -463,61 +470,36 @@ def rows_kernel(
         weight_ptrs = weight_ptr + expert * (OUT * IN) + k[:, None] * STRIDE_K
         scale_ptrs = scale_ptr + expert * (PARTS * GRID_K * GRID_N) if WEIGHT else None
         scale_ptrs = scale_ptrs + n * BLOCK_N // _SCALE_BLOCK * SCALE_N if WEIGHT else None
-        if PAIR:
-            left = n * BLOCK_N + tl.arange(0, HALF)
-            right = left + HALF
-            left_acc, right_acc = product_pair(
-                tl.zeros((BLOCK_M, HALF), tl.float32),
-                tl.zeros((BLOCK_M, HALF), tl.float32),
-                x_ptrs,
+        columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        if TRANSPOSED:
+            weight_ptrs += columns[None, :]
+        else:
+            weight_ptrs += tl.minimum(columns, OUT - 1)[None, :] * IN  # the last tile repeats the last row
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for part in tl.static_range(PARTS):
+            acc = product(
+                acc,
+                x_ptrs + part * DEPTH,
                 x_scale_ptrs,
-                weight_ptrs + tl.minimum(left, OUT - 1)[None, :] * IN,
-                weight_ptrs + tl.minimum(right, OUT - 1)[None, :] * IN,
-                scale_ptrs,
-                # A last tile may have no second block: its columns are not stored.
-                scale_ptrs + tl.where(n * 2 + 1 < GRID_N, GRID_K, 0),
-                IN,
+                weight_ptrs + part * DEPTH * STRIDE_K,
+                scale_ptrs + part * GRID_K * SCALE_K if WEIGHT else None,
+                columns,
+                DEPTH,
+                STRIDE_K,
+                SCALE_K,
+                0,
+                X_FP8,
                 WEIGHT,
                 UE8M0,
                 BLOCK_M,
-                HALF,
+                BLOCK_N,
                 BLOCK_K,
+                columns,
+                OUT if TRANSPOSED and OUT % BLOCK_N else 0,
             )
-            place = (m, tiles_ptr, offsets_ptr, order_ptr, max_tiles)
-            out = (low_ptr, lora_ptr, factors_ptr, alpha, out_ptr)
-            finish_rows(left_acc, left, place, out, OUT, R, False, TO_SLOTS, HAS_FACTORS, BLOCK_M, BLOCK_R)
-            finish_rows(right_acc, right, place, out, OUT, R, False, TO_SLOTS, HAS_FACTORS, BLOCK_M, BLOCK_R)
-        else:
-            columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
-            if TRANSPOSED:
-                weight_ptrs += columns[None, :]
-            else:
-                weight_ptrs += tl.minimum(columns, OUT - 1)[None, :] * IN  # the last tile repeats the last row
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for part in tl.static_range(PARTS):
-                acc = product(
-                    acc,
-                    x_ptrs + part * DEPTH,
-                    x_scale_ptrs,
-                    weight_ptrs + part * DEPTH * STRIDE_K,
-                    scale_ptrs + part * GRID_K * SCALE_K if WEIGHT else None,
-                    columns,
-                    DEPTH,
-                    STRIDE_K,
-                    SCALE_K,
-                    0,
-                    X_FP8,
-                    WEIGHT,
-                    UE8M0,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    columns,
-                    OUT if TRANSPOSED and OUT % BLOCK_N else 0,
-                )
-            place = (m, tiles_ptr, offsets_ptr, order_ptr, max_tiles)
-            out = (low_ptr, lora_ptr, factors_ptr, alpha, out_ptr)
-            finish_rows(acc, columns, place, out, OUT, R, TRANSPOSED, TO_SLOTS, HAS_FACTORS, BLOCK_M, BLOCK_R)
+        place = (m, tiles_ptr, offsets_ptr, order_ptr, max_tiles)
+        out = (low_ptr, lora_ptr, factors_ptr, alpha, out_ptr)
+        finish_rows(acc, columns, place, out, OUT, R, TRANSPOSED, TO_SLOTS, HAS_FACTORS, BLOCK_M, BLOCK_R)
 
 
 @jit
@@ -654,8 +636,8 @@ def multiply_rows(
     tile = product_tile(layout.block_m, rows.dtype, kind, compute_capability(device))
     if out_features <= 64:
         tile = tile._replace(block_n=max(16, next_power_of_2(out_features)), block_k=min(tile.block_k, 64))
-    if kind != PLAIN and x_scale is None and tile.block_n > SCALE_BLOCK:
-        raise ValueError(f"a tile of {tile.block_n} columns spans more than one block of scales")
+    if kind != PLAIN:  # one block of scales at a time
+        tile = tile._replace(block_n=min(tile.block_n, SCALE_BLOCK))
     if kind == PLAIN or inner % (parts * SCALE_BLOCK) == 0:
         parts = 1  # one piece, or its blocks follow one another
     out = torch.empty(layout.order.numel(), out_features, dtype=out_dtype, device=device)
