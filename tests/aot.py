@@ -40,15 +40,13 @@ TYPES = {
     torch.int64: "i64",
     torch.bool: "i1",
 }
-# Most bytes of shared memory that one program may use.
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 class Launch:
     """One recorded launch: the kernel with everything that compiling it depends on."""
 
-    def __init__(self, kernel: JITFunction, args: tuple, kwargs: dict):
-        self.kernel = kernel
+    def __init__(self, kernel: JITFunction, grid: tuple, args: tuple, kwargs: dict):
+        self.kernel, self.grid = kernel, grid
         self.options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
         named = dict(zip(kernel.arg_names, args)) | kwargs
         missing = set(kernel.arg_names) - set(named)
@@ -85,6 +83,7 @@ class Launch:
             "types": sorted(set(pointers.values())),
             "constants": {name: value for name, value in self.constants.items() if isinstance(value, (int, str))},
             **self.options,
+            "grid": self.grid,
             **usage,
             "shared": compiled.metadata.shared,
             "wgmma": "wgmma.mma_async" in ptx,
@@ -117,7 +116,7 @@ def recording(capability: int, processors: int = 132):
 
     def run(self, *args, grid, warmup, **kwargs):
         assert all(size > 0 for size in grid), f"{self.__name__}: empty grid {grid}"
-        launch = Launch(self, args, dict(kwargs))
+        launch = Launch(self, grid, args, dict(kwargs))
         launches.setdefault(launch.key(), launch)
 
     pair = divmod(capability, 10)

@@ -3,24 +3,35 @@
 import aot_cases_dense
 import torch
 
-from hf_moe.models import kernel_experts, kernel_routing
+from hf_moe.models import kernel_experts, kernel_experts_backward, kernel_routing
 
 EXPERTS, TOP_K, HIDDEN, INTER = 256, 8, 7168, 2048
 # Token counts that reach each number of rows per tile.
 TOKENS = {16: 16, 64: 1024, 128: 8192}
+FP8 = torch.float8_e4m3fn
 
 
 def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def layout_of(tokens: int, block_m: int) -> kernel_routing.Layout:
-    return kernel_routing.build_layout(empty(tokens, TOP_K, dtype=torch.int64), EXPERTS, block_m)
+def layout_of(block_m: int) -> kernel_routing.Layout:
+    return kernel_routing.build_layout(empty(TOKENS[block_m], TOP_K, dtype=torch.int64), EXPERTS, block_m)
+
+
+def weights_of(dtype: torch.dtype, scale_dtype: torch.dtype = torch.float32, inter: int = INTER) -> tuple:
+    """gate_up_proj, its scale, down_proj, its scale."""
+    gate_up, down = empty(EXPERTS, 2 * inter, HIDDEN, dtype=dtype), empty(EXPERTS, HIDDEN, inter, dtype=dtype)
+    if dtype != FP8:
+        return gate_up, None, down, None
+    rows, columns = -(-inter // 128), HIDDEN // 128
+    scales = empty(EXPERTS, 2 * rows, columns, dtype=scale_dtype), empty(EXPERTS, columns, rows, dtype=scale_dtype)
+    return gate_up, scales[0], down, scales[1]
 
 
 def routing(capability: int) -> None:
-    layout_of(1, 16)
-    layout_of(4096, 128)
+    layout_of(16)
+    layout_of(128)
     common = {"top_k": 8, "sigmoid": True, "normalise": True, "factor": 2.5}
     logits, bias = empty(64, 256, dtype=torch.float32), empty(256, dtype=torch.float32)
     kernel_routing.choose_experts(logits, bias, num_group=8, topk_group=4, best_two=True, **common)
@@ -29,26 +40,124 @@ def routing(capability: int) -> None:
     kernel_routing.choose_experts(logits, bias, num_group=1, topk_group=1, best_two=False, **common)
 
 
-def forward(dtype: torch.dtype, rows: tuple[int, ...], save_pre: bool = False) -> None:
+def forward(dtype: torch.dtype, rows: tuple[int, ...], weights: tuple, save_pre: bool = False) -> None:
+    gate_up, gate_up_scale, down, down_scale = weights
     for block_m in rows:
-        tokens = TOKENS[block_m]
-        layout = layout_of(tokens, block_m)
-        x, gate_up, down = (
-            empty(tokens, HIDDEN, dtype=dtype),
-            empty(EXPERTS, 2 * INTER, HIDDEN, dtype=dtype),
-            empty(EXPERTS, HIDDEN, INTER, dtype=dtype),
-        )
-        inner, _ = kernel_experts.gate_up(x, gate_up, None, layout, TOP_K, out_dtype=dtype, save_pre=save_pre)
-        factors = empty(tokens * TOP_K, dtype=torch.float32)
+        tokens, layout = TOKENS[block_m], layout_of(block_m)
+        x = empty(tokens, HIDDEN, dtype=dtype)
+        inner, _ = kernel_experts.gate_up(x, gate_up, gate_up_scale, layout, TOP_K, out_dtype=dtype, save_pre=save_pre)
+        options = {"to_slots": True, "factors": empty(tokens * TOP_K, dtype=torch.float32)}
         out_dtype = torch.float32 if block_m == 16 else dtype
-        out = kernel_experts.down(inner, down, None, layout, factors, out_dtype=out_dtype)
+        out = kernel_experts.multiply_rows(inner, down, down_scale, layout, TOP_K, out_dtype=out_dtype, **options)
         kernel_experts.combine(out, empty(tokens, TOP_K, dtype=torch.int64), EXPERTS, dtype)
+
+
+def w8a16(capability: int) -> None:
+    forward(torch.bfloat16, (16, 64, 128), weights_of(FP8))
+    forward(torch.float16, (128,), weights_of(FP8))
+    forward(torch.float32, (16, 64), weights_of(FP8))
+    forward(torch.bfloat16, (16,), weights_of(FP8, torch.float8_e8m0fnu))
+    forward(torch.bfloat16, (128,), weights_of(FP8, torch.float8_e8m0fnu, inter=1408))
+
+
+def w8a8(capability: int) -> None:
+    if capability < 89:
+        return
+    for scale_dtype, rows in ((torch.float32, (16, 64, 128)), (torch.float8_e8m0fnu, (128,))):
+        gate_up, gate_up_scale, down, down_scale = weights_of(FP8, scale_dtype)
+        for block_m in rows:
+            tokens, layout = TOKENS[block_m], layout_of(block_m)
+            x, x_scale = empty(tokens, HIDDEN, dtype=FP8), empty(tokens, HIDDEN // 128, dtype=torch.float32)
+            options = {"out_dtype": torch.bfloat16}
+            kernel_experts.gate_up(x, gate_up, gate_up_scale, layout, TOP_K, x_scale=x_scale, **options)
+            inner = empty(tokens * TOP_K, INTER, dtype=FP8)
+            options.update(x_scale=empty(tokens * TOP_K, INTER // 128, dtype=torch.float32), to_slots=True)
+            options.update(factors=empty(tokens * TOP_K, dtype=torch.float32))
+            kernel_experts.multiply_rows(inner, down, down_scale, layout, TOP_K, **options)
+
+
+def training(dtype: torch.dtype, block_m: int, weights: tuple, rank: int = 0, dropout: bool = False) -> None:
+    """What a training step launches beside the forward products without LoRA."""
+    gate_up, gate_up_scale, down, down_scale = weights
+    tokens, layout = TOKENS[block_m], layout_of(block_m)
+    slots = tokens * TOP_K
+    x, inner = empty(tokens, HIDDEN, dtype=dtype), empty(slots, INTER, dtype=dtype)
+    pre, factors = empty(slots, 2 * INTER, dtype=dtype), empty(slots, dtype=torch.float32)
+    low = empty(slots, rank, dtype=dtype) if rank else None
+    sizes = [(rank, HIDDEN), (2 * INTER, rank), (rank, INTER), (HIDDEN, rank)]
+    gate_up_a, gate_up_b, down_a, down_b = (empty(EXPERTS, *size, dtype=dtype) if rank else None for size in sizes)
+    multiply, outer, options = kernel_experts.multiply_rows, kernel_experts_backward.sum_outer, {"out_dtype": dtype}
+    kernel_experts.gate_up(
+        x, gate_up, gate_up_scale, layout, TOP_K, save_pre=True, low=low, lora_b=gate_up_b, **options
+    )
+    kernel_experts_backward.inner_grad(
+        x,
+        down,
+        down_scale,
+        layout,
+        TOP_K,
+        pre,
+        factors,
+        save_inner=True,
+        low=low,
+        lora_a=down_a,
+        kept=empty(slots, INTER, dtype=torch.bool) if dropout else None,
+    )
+    multiply(
+        pre,
+        gate_up,
+        gate_up_scale,
+        layout,
+        TOP_K,
+        transposed=True,
+        to_slots=True,
+        parts=2,
+        low=low,
+        lora=gate_up_a,
+        **options,
+    )
+    if not rank:
+        if gate_up_scale is None:
+            outer(x, inner, layout, TOP_K, gather_left=True, **options)
+            outer(pre, x, layout, TOP_K, gather_right=True, **options)
+        return
+    multiply(inner, down, down_scale, layout, TOP_K, to_slots=True, factors=factors, low=low, lora=down_b, **options)
+    multiply(x, gate_up_a, None, layout, TOP_K, gather=True, **options)
+    multiply(inner, down_a, None, layout, TOP_K, **options)
+    multiply(x, down_b, None, layout, TOP_K, gather=True, transposed=True, **options)
+    multiply(pre, gate_up_b, None, layout, TOP_K, transposed=True, **options)
+    if dropout:
+        multiply(low, gate_up_a, None, layout, TOP_K, transposed=True, to_slots=True, **options)
+    outer(low, inner, layout, TOP_K, **options)
+    outer(x, low, layout, TOP_K, gather_left=True, factors=factors, **options)
+    outer(low, x, layout, TOP_K, gather_right=True, **options)
+    outer(pre, low, layout, TOP_K, **options)
+
+
+def backward(capability: int) -> None:
+    for block_m in (16, 64, 128):
+        training(torch.bfloat16, block_m, weights_of(torch.bfloat16))
+    training(torch.float32, 64, weights_of(torch.float32))
+    training(torch.bfloat16, 64, weights_of(FP8))
+    training(torch.bfloat16, 128, weights_of(FP8))
+    training(torch.bfloat16, 128, weights_of(FP8, inter=1408))
+
+
+def lora(capability: int) -> None:
+    training(torch.bfloat16, 16, weights_of(torch.bfloat16), rank=16)
+    training(torch.bfloat16, 128, weights_of(torch.bfloat16), rank=16, dropout=True)
+    training(torch.bfloat16, 128, weights_of(FP8), rank=64)
+    training(torch.float32, 64, weights_of(torch.float32), rank=8)
 
 
 CASES = {
     "routing": routing,
-    "bfloat16": lambda capability: forward(torch.bfloat16, (16, 64, 128)),
-    "float16": lambda capability: forward(torch.float16, (16, 128)),
-    "float32": lambda capability: forward(torch.float32, (16, 64)),
+    "bfloat16": lambda capability: forward(torch.bfloat16, (16, 64, 128), weights_of(torch.bfloat16)),
+    "float16": lambda capability: forward(torch.float16, (16, 128), weights_of(torch.float16)),
+    "float32": lambda capability: forward(torch.float32, (16, 64), weights_of(torch.float32)),
+    "w8a16": w8a16,
+    "w8a8": w8a8,
+    "backward": backward,
+    "lora": lora,
 }
 CASES.update(aot_cases_dense.CASES)

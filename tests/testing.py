@@ -26,6 +26,13 @@ TOL = {
     "bfloat16": 1e-2,
     # Gradients that went through several bfloat16 products, each rounded on its way.
     "bfloat16_grad": 2e-2,
+    # Experts on kernels: every product summed in float32, rounded once per stored tensor.
+    "float64_experts": 1e-12,
+    "float32_experts": 1e-5,
+    "float16_experts": 1e-3,
+    "float16_experts_grad": 2e-3,
+    "bfloat16_experts": 5e-3,
+    "bfloat16_experts_grad": 8e-3,
 }
 
 # Largest absolute difference from a golden value, by quantity: what the project promises.

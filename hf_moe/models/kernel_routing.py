@@ -25,7 +25,7 @@ class Layout(NamedTuple):
     """Sorted slots, cut into tiles. All int32 and on the device."""
 
     order: torch.Tensor  # (N,) slot of each sorted row
-    offsets: torch.Tensor  # (E + 1,) first sorted row of each expert; the last entry ends the last expert
+    offsets: torch.Tensor  # (E + 1,) first sorted row of each expert, then of the slots without one
     tiles: torch.Tensor  # (2, max_tiles): expert, first sorted row; valid below num_tiles
     num_tiles: torch.Tensor  # (1,)
     block_m: int
@@ -62,39 +62,37 @@ def layout_kernel(
     BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    # One program per expert. Each counts all slots (they fit into the cache), then writes the places of its own: no
-    # program waits for another, and the order is that of the slots.
+    # One program per expert, and one for the slots of none. Each counts all slots (they fit into the cache), then
+    # writes the places of its own: no program waits for another, and the order is that of the slots.
     expert = tl.program_id(0)
     counts = tl.zeros((BINS,), tl.int32)
     for start in range(0, num_slots, CHUNK):
-        ids = _load_ids(ids_ptr, start + tl.arange(0, CHUNK), num_slots, E)
-        counts += tl.histogram(ids, BINS)
+        slots = start + tl.arange(0, CHUNK)
+        counts += tl.histogram(_load_ids(ids_ptr, slots, num_slots, E), BINS, mask=slots < num_slots)
     bins = tl.arange(0, BINS)
     tiles = tl.where(bins < E, (counts + BLOCK_M - 1) // BLOCK_M, 0)
     count = tl.sum(tl.where(bins == expert, counts, 0))
     first_row = tl.sum(tl.where(bins < expert, counts, 0))
     first_tile = tl.sum(tl.where(bins < expert, tiles, 0))
     tl.store(offsets_ptr + expert, first_row)
-    if expert == E - 1:
-        tl.store(offsets_ptr + E, first_row + count)
+    if expert == E:
         tl.store(num_tiles_ptr, tl.sum(tiles))
 
     if count > 0:
-        for tile in range(0, (count + BLOCK_M - 1) // BLOCK_M):
+        for tile in range(0, tl.where(expert < E, (count + BLOCK_M - 1) // BLOCK_M, 0)):
             tl.store(tiles_ptr + first_tile + tile, expert)
             tl.store(tiles_ptr + max_tiles + first_tile + tile, first_row + tile * BLOCK_M)
         place = first_row
         for start in range(0, num_slots, CHUNK):
             slots = start + tl.arange(0, CHUNK)
-            mine = (_load_ids(ids_ptr, slots, num_slots, E) == expert).to(tl.int32)
+            mine = ((_load_ids(ids_ptr, slots, num_slots, E) == expert) & (slots < num_slots)).to(tl.int32)
             rank = tl.cumsum(mine, 0)  # from 1
             tl.store(order_ptr + place + rank - 1, slots, mask=mine > 0)
             place += tl.sum(mine)
 
 
 def build_layout(topk_indices: torch.Tensor, num_experts: int, block_m: int) -> Layout:
-    """The layout of (T, K) integer expert ids, T * K > 0. Entries of `order` past the last expert's rows are not
-    written."""
+    """The layout of (T, K) integer expert ids, T * K > 0."""
     ids = topk_indices.contiguous()
     num_slots, device = ids.numel(), ids.device
     max_tiles = most_tiles(num_slots, num_experts, block_m)
@@ -102,7 +100,7 @@ def build_layout(topk_indices: torch.Tensor, num_experts: int, block_m: int) -> 
     memory = torch.empty(num_slots + num_experts + 1 + 2 * max_tiles + 1, dtype=torch.int32, device=device)
     order, offsets, tiles, num_tiles = memory.split([num_slots, num_experts + 1, 2 * max_tiles, 1])
     layout = Layout(order, offsets, tiles.view(2, max_tiles), num_tiles, block_m)
-    layout_kernel[(num_experts,)](
+    layout_kernel[(num_experts + 1,)](
         ids,
         *layout[:4],
         num_slots,

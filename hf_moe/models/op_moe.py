@@ -12,6 +12,7 @@ import torch
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .op_experts import experts_on_kernels, why_not_kernels
 from .op_fp8 import Fp8Format, fp8_linear
 from .op_linear import linear
 
@@ -191,8 +192,11 @@ def experts_forward(
     """The `"hf_moe"` backend of the experts interface: gated experts in the concatenated layout.
 
     `experts` holds `gate_up_proj` (E, 2I, H), `down_proj` (E, H, I) and `act_fn`; the other arguments and the result
-    are those of `experts_cpu`. Experts of another layout (transposed, biased, ungated) go to `grouped_mm`.
+    are those of `experts_cpu`. On CUDA they run on the kernels of `op_experts` if these can compute them; else, and for
+    experts of another layout (transposed, biased, ungated), in `grouped_mm` or `batched_mm`.
     """
+    if hidden_states.is_cuda and why_not_kernels(experts, hidden_states.device) is None:
+        return experts_on_kernels(experts, hidden_states, topk_indices, topk_weights)
     if getattr(experts, "fp8", None) is not None:
         return _fp8_experts_forward(experts, hidden_states, topk_indices, topk_weights)
     plain = experts.has_gate and not experts.has_bias and not experts.is_transposed

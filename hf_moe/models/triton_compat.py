@@ -110,4 +110,6 @@ def runs_kernels(device: torch.device) -> bool:
         return False
     if INTERPRETING:
         return device.type == "cpu"
-    return device.type == "cuda" and torch.version.hip is None and compute_capability(device) >= (8, 0)
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return compute_capability(device) >= (8, 0)

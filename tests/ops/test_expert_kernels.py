@@ -1,0 +1,286 @@
+"""The definition of the experts against a double loop in float64; the kernels, interpreted, against the definition."""
+
+import pytest
+import torch
+from expert_cases import MATRIX, Shape, double_loop, make_case, route, run_with_gradients
+from testing import assert_close
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from hf_moe.models.kernel_routing import build_layout, most_tiles
+from hf_moe.models.op_experts import TRITON_BACKEND_NAME, ExpertLora, experts, experts_torch
+from hf_moe.models.op_routing import build_layout_torch
+from hf_moe.models.op_routing import route as choose
+from hf_moe.models.triton_compat import INTERPRETING, runs_kernels
+
+interpreted = pytest.mark.skipif(
+    not (INTERPRETING and runs_kernels(torch.device("cpu"))), reason="needs Triton's interpreter"
+)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# The largest shapes take the interpreter minutes.
+SMALL = [shape for shape in MATRIX if shape.tokens * shape.top_k <= 400]
+FEW = [Shape(1, 8, 2), Shape(33, 4, 2), Shape(150, 3, 2), Shape(17, 8, 2, "empty"), Shape(40, 8, 3, "skipped")]
+
+
+def format_of(dtype: torch.dtype, gradient: bool = False) -> str:
+    return f"{str(dtype).removeprefix('torch.')}_experts{'_grad' if gradient and dtype != torch.float32 else ''}"
+
+
+def compare(case, reference=experts_torch):
+    """Kernels against a reference in float64 where the reference allows it."""
+    dtype = case.hidden_states.dtype
+    expected = run_with_gradients(reference, case)
+    actual = run_with_gradients(lambda *arguments: experts(*arguments, impl="triton"), case)
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_close(name, actual[name], tensor, format_of(dtype, "gradient" in name))
+    return actual
+
+
+# --- the definition ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", MATRIX, ids=str)
+def test_definition_is_the_double_loop(shape):
+    case = make_case(shape, 24, 12, torch.float64)
+    assert_close("output", experts(*case.arguments(), impl="torch"), double_loop(case), "float64")
+
+
+@pytest.mark.parametrize("weights", ["fp8", "fp8_ue8m0"])
+def test_definition_reads_blocks_of_their_own_for_gate_and_up(weights):
+    """With 200 rows each, gate and up have two rows of scales each, and the second ones cover 72 rows."""
+    case = make_case(Shape(5, 3, 2), 264, 200, weights=weights)
+    scale = case.gate_up_scale.float()
+    assert scale.shape == (3, 4, 3)
+    plain = case.gate_up_proj.double()
+    for row in range(400):
+        for column in range(264):
+            plain[:, row, column] *= scale[:, (row // 200) * 2 + row % 200 // 128, column // 128]
+    down = case.down_proj.double()
+    for row in range(264):
+        for column in range(200):
+            down[:, row, column] *= case.down_scale.float()[:, row // 128, column // 128]
+    output = experts_torch(*case.arguments())
+    case.gate_up_proj, case.down_proj, case.gate_up_scale, case.down_scale = plain, down, None, None
+    assert_close("output", output, double_loop(case), "float32")
+
+
+def test_definition_with_lora_is_that_of_merged_weights():
+    case = make_case(Shape(33, 4, 2), 24, 12, torch.float64, rank=3)
+    output, lora = experts_torch(*case.arguments()), case.lora
+    case.gate_up_proj = case.gate_up_proj + lora.gate_up_scaling * lora.gate_up_b @ lora.gate_up_a
+    case.down_proj = case.down_proj + lora.down_scaling * lora.down_b @ lora.down_a
+    assert_close("output", output, double_loop(case), "float64")
+
+
+# --- routing ----------------------------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("block_m", [16, 128])
+@pytest.mark.parametrize("shape", [s for s in MATRIX if 0 < s.tokens <= 1024 and s.experts <= 16], ids=str)
+def test_layout(shape, block_m, poisoned):
+    ids = route(shape)
+    actual, expected = build_layout(ids, shape.experts, block_m), build_layout_torch(ids, shape.experts, block_m)
+    count = int(expected.num_tiles)
+    assert int(actual.num_tiles) == count <= most_tiles(ids.numel(), shape.experts, block_m)
+    assert torch.equal(actual.offsets, expected.offsets)
+    assert torch.equal(actual.order, expected.order)
+    assert torch.equal(actual.tiles[:, :count], expected.tiles[:, :count])
+
+
+ROUTERS = {
+    "deepseek_v3": (256, {"top_k": 8, "num_group": 8, "topk_group": 4, "factor": 2.5}),
+    "deepseek_v2": (160, {"top_k": 6, "num_group": 8, "topk_group": 3, "best_two": False, "sigmoid": False}),
+    "kimi_k2": (384, {"top_k": 8, "factor": 2.827}),
+    "step3": (48, {"top_k": 3, "sigmoid": False}),
+    "longcat": (768, {"top_k": 12, "sigmoid": False, "normalise": False, "factor": 6.0}),
+    "odd": (15, {"top_k": 2, "num_group": 5, "topk_group": 2}),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_choice_of_experts(router, bias):
+    num_experts, options = ROUTERS[router]
+    logits = torch.randn(9, num_experts, requires_grad=True)
+    bias = torch.randn(num_experts) * 0.1 if bias else None
+    results = {impl: choose(logits, bias, impl=impl, **options) for impl in ("torch", "triton")}
+    assert torch.equal(results["triton"][1], results["torch"][1])
+    assert_close("weights", results["triton"][0], results["torch"][0], "float32")
+    seed = torch.randn(9, options["top_k"])
+    grads = {impl: torch.autograd.grad(weights, logits, seed)[0] for impl, (weights, _) in results.items()}
+    assert_close("gradient of logits", grads["triton"], grads["torch"], "float32")
+
+
+@interpreted
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_choice_of_experts_takes_the_first_of_equals_and_no_nan(impl):
+    logits = torch.zeros(1, 8)
+    logits[0, 2] = float("nan")
+    _, indices = choose(logits, top_k=7, impl=impl)
+    assert 2 not in indices and len(set(indices[0].tolist())) == 7
+    if impl == "triton":
+        assert indices[0].tolist() == [0, 1, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("options", [{"num_group": 3}, {"num_group": 4, "topk_group": 5}, {"top_k": 9}, {"top_k": 0}])
+def test_impossible_choices_are_errors(options):
+    with pytest.raises(ValueError, match="8"):
+        choose(torch.zeros(2, 8), **({"top_k": 2} | options))
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_forward(shape, dtype, poisoned):
+    if shape.experts == 256 and dtype != torch.bfloat16:
+        pytest.skip("as in bfloat16, where it takes seconds")
+    case = make_case(shape, 40, 24, dtype)
+    with torch.no_grad():
+        output = experts(*case.arguments(), impl="triton")
+    assert output.dtype == dtype
+    assert_close("output", output, experts(*case.arguments(), impl="torch"), format_of(dtype))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", FEW, ids=str)
+def test_gradients(shape, dtype, poisoned):
+    compare(make_case(shape, 72, 40, dtype))
+
+
+@interpreted
+@pytest.mark.parametrize("weights", ["fp8", "fp8_ue8m0"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [Shape(3, 4, 2), Shape(130, 2, 1, "empty")], ids=str)
+def test_fp8_weights(shape, dtype, weights, poisoned):
+    """Sizes that are no multiples of 128: several blocks, short ones at the edges, gate and up apart."""
+    compare(make_case(shape, 264, 136, dtype, weights))
+
+
+@interpreted
+@pytest.mark.parametrize("lora_on", [("gate_up", "down"), ("gate_up",), ("down",)], ids="+".join)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("weights", ["plain", "fp8"])
+def test_lora(weights, dropout, lora_on, poisoned):
+    hidden, inter = (136, 72) if weights == "fp8" else (40, 24)
+    compare(make_case(Shape(20, 4, 2, "skipped"), hidden, inter, torch.float32, weights, 5, dropout, lora_on))
+
+
+@interpreted
+def test_lora_in_bfloat16(poisoned):
+    compare(make_case(Shape(60, 3, 2), 72, 40, torch.bfloat16, "plain", 16, 0.1))
+
+
+@interpreted
+def test_the_same_inputs_give_the_same_bits():
+    case = make_case(Shape(50, 4, 2), 40, 24, torch.bfloat16, rank=4)
+    first, second = compare(case), compare(case)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [Shape(0, 8, 2), Shape(5, 8, 2, "nobody")], ids=str)
+def test_every_parameter_takes_part_without_work(shape):
+    results = run_with_gradients(lambda *args: experts(*args, impl="triton"), make_case(shape, 40, 24))
+    assert not results.pop("output").any()
+    for name, grad in results.items():
+        assert grad is not None and not grad.any(), name
+
+
+@interpreted
+def test_frozen_weights_get_no_gradient():
+    case = make_case(Shape(9, 4, 2), 40, 24)
+    case.hidden_states.requires_grad_()
+    output = experts(*case.arguments(), impl="triton")
+    output.sum().backward()
+    assert case.hidden_states.grad is not None and case.gate_up_proj.grad is None and case.down_proj.grad is None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"down_proj": torch.zeros(4, 40, 23)}, "down_proj"),
+        ({"topk_weights": torch.zeros(9, 3)}, "topk_weights"),
+        ({"gate_up_scale": torch.ones(4, 2, 1)}, "gate_up_proj is torch.float32 and its scale is given"),
+        ({"gate_up_proj": torch.zeros(4, 48, 40, dtype=torch.float8_e4m3fn)}, "its scale is missing"),
+        ({"lora": ExpertLora(down_a=torch.zeros(4, 3, 24))}, "down_a and down_b"),
+        ({"lora": ExpertLora(gate_up_a=torch.zeros(4, 3, 24), gate_up_b=torch.zeros(4, 48, 3))}, "gate_up_a"),
+    ],
+)
+def test_what_does_not_fit_is_an_error(change, message):
+    case = make_case(Shape(9, 4, 2), 40, 24)
+    vars(case).update(change)
+    with pytest.raises(ValueError, match=message):
+        experts(*case.arguments())
+
+
+def test_scales_of_the_wrong_grid_are_an_error():
+    case = make_case(Shape(3, 2, 1), 136, 72, weights="fp8")
+    case.gate_up_scale = case.gate_up_scale[:, :1]
+    with pytest.raises(ValueError, match=r"scale of gate_up_proj has shape \(2, 1, 2\), expected \(2, 2, 2\)"):
+        experts(*case.arguments())
+
+
+# --- as a backend -----------------------------------------------------------------------------------------------------
+
+
+def other_families():
+    from transformers import MixtralConfig, Qwen3MoeConfig
+
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": 2,
+    }
+    yield pytest.param(Qwen3MoeConfig(**sizes, head_dim=16, num_experts=4, moe_intermediate_size=24), id="qwen3_moe")
+    yield pytest.param(MixtralConfig(**sizes, num_local_experts=4), id="mixtral")
+
+
+@interpreted
+@pytest.mark.parametrize("config", other_families())
+def test_other_families_can_name_the_backend(config):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tokens = torch.randint(0, 64, (2, 7))
+    outputs = {}
+    for backend in ("eager", TRITON_BACKEND_NAME):
+        model.set_experts_implementation(backend)
+        with torch.no_grad():
+            outputs[backend] = model(tokens).logits
+    assert_close("logits", outputs[TRITON_BACKEND_NAME], outputs["eager"], "float32")
+
+
+@interpreted
+@pytest.mark.parametrize("change", ["transposed", "activation", "float64"])
+def test_the_backend_says_what_it_cannot_compute(change):
+    from tiny import tiny_config
+
+    from hf_moe.models.layer_experts import Experts
+
+    module = Experts(tiny_config(n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2))
+    module.config._experts_implementation = TRITON_BACKEND_NAME
+    if change == "transposed":
+        module.is_transposed = True
+    elif change == "activation":
+        module.act_fn = torch.nn.GELU()
+    else:
+        module.double()
+    hidden = torch.randn(3, module.hidden_dim, dtype=module.down_proj.dtype)
+    message = {"transposed": "stacked as", "activation": "silu", "float64": "torch.float64"}[change]
+    with pytest.raises(ValueError, match=f"{TRITON_BACKEND_NAME}.*{message}"):
+        module(hidden, torch.zeros(3, 2, dtype=torch.long), torch.ones(3, 2))
+
+
+def test_the_backend_is_registered():
+    assert TRITON_BACKEND_NAME in ALL_EXPERTS_FUNCTIONS.valid_keys()
