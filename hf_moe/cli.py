@@ -1,11 +1,15 @@
 """Console command `hf-moe`."""
 
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import __version__
 from .demo import run_demo
+from .inspect.command import run_inspect, run_route
 
 app = typer.Typer(
     help="DeepSeek-V2, DeepSeek-V3 and Kimi-K2 in plain Transformers.", no_args_is_help=True, add_completion=False
@@ -38,6 +42,85 @@ def demo(
     try:
         run_demo(prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+class KvDtype(StrEnum):
+    """Element types of a KV cache."""
+
+    FP32, BF16, FP8 = "fp32", "bf16", "fp8"
+
+
+class Precision(StrEnum):
+    """Formats of weights."""
+
+    FP32, BF16, FP8, INT4 = "fp32", "bf16", "fp8", "int4"
+
+
+@app.command()
+def inspect(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Folders, Hub ids, config files or shipped names (deepseek-v3, step3).")
+    ] = None,
+    context: Annotated[list[int], typer.Option(min=1, help="Tokens of context; may be repeated.")] = [32768],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(min=1, help="Sequences; may be repeated.")] = [1],  # noqa: B006
+    kv_dtype: Annotated[KvDtype, typer.Option(help="Elements of the cache.")] = KvDtype.BF16,
+    weights: Annotated[Precision | None, typer.Option(help="Format of the weights; left out: as published.")] = None,
+    accelerator: Annotated[
+        list[str] | None, typer.Option(help="Device, `all` or `none`; may be repeated; left out: h800 h20 a800 910b.")
+    ] = None,
+    accelerators_file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="JSON with devices of your own.")
+    ] = None,
+    attention_on: Annotated[str | None, typer.Option(help="Device of attention, with --experts-on.")] = None,
+    experts_on: Annotated[str | None, typer.Option(help="Device of the experts, with --attention-on.")] = None,
+    tpot: Annotated[float, typer.Option(min=1e-6, help="Seconds per token that the two are sized for.")] = 0.05,
+    json: Annotated[bool, typer.Option("--json", help="Print a list of objects, and nothing else.")] = False,
+    charts: Annotated[Path | None, typer.Option(file_okay=False, help="Folder for PNG charts.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Print every column's formula and source.")] = False,
+) -> None:
+    """Say what models cost: parameters, bytes, operations, and what they need on accelerators."""
+    names, choice = list(accelerator or []), None if weights is None else weights.value
+    with _clear_errors():
+        run_inspect(
+            list(models or []),
+            context,
+            batch,
+            kv_dtype.value,
+            choice,
+            names,
+            accelerators_file,
+            attention_on,
+            experts_on,
+            tpot,
+            json,
+            charts,
+            explain,
+        )
+
+
+@app.command()
+def route(
+    model: Annotated[str | None, typer.Argument(help="Folder, Hub id, or `demo`.")] = None,
+    text: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="UTF-8 text to run.")] = None,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for pictures and routing.json.")] = Path("routing"),
+    groups: Annotated[int, typer.Option(min=1, help="Devices that share a layer's experts.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to run at most.")] = 8192,
+    window: Annotated[int, typer.Option(min=1, help="Tokens that see one another.")] = 1024,
+    layer: Annotated[int | None, typer.Option(help="Layer of the picture of pairs; left out: the clearest.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON, and nothing else.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Print every number's formula and source.")] = False,
+) -> None:
+    """Run text through a model and draw which experts it meets."""
+    with _clear_errors():
+        run_route(model, text, out, groups, max_tokens, window, layer, json, explain)
+
+
+@contextmanager
+def _clear_errors():
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
 
 

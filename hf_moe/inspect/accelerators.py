@@ -13,7 +13,9 @@ DATA = Path(__file__).with_name("accelerators.json")
 # Share of the memory that weights and cache may fill; the rest is for activations and the runtime.
 USABLE = 0.9
 DEFAULT = ("h800", "h20", "a800", "910b")
-MICRO_BATCHES = 3  # in flight at once with attention and experts apart: one in attention, one on the wire, one in experts
+MICRO_BATCHES = (
+    3  # in flight at once with attention and experts apart: one in attention, one on the wire, one in experts
+)
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,7 @@ def _load(path: Path) -> dict[str, Accelerator]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"{path} must hold an object: device names and their properties.")
-    return {
-        name: _accelerator(path, name, entry) for name, entry in entries.items() if not name.startswith("_")
-    }
+    return {name: _accelerator(path, name, entry) for name, entry in entries.items() if not name.startswith("_")}
 
 
 def _accelerator(path: Path, name: str, entry: Any) -> Accelerator:
@@ -139,7 +139,12 @@ def roofline(a: Architecture, device: Accelerator, context: int, batch: int, kv_
 
 
 def usd_per_million_tokens(
-    a: Architecture, device: Accelerator, context: int, kv_dtype: str, precision: str, ffn_device: Accelerator | None = None
+    a: Architecture,
+    device: Accelerator,
+    context: int,
+    kv_dtype: str,
+    precision: str,
+    ffn_device: Accelerator | None = None,
 ) -> float | None:
     """The report's cost of decoding at large batch: max(attention, cache) + projections, plus FFN, at the rent's price.
 
@@ -164,7 +169,9 @@ def network_bytes(a: Architecture) -> dict[str, int]:
     return {"to_experts": hidden, "from_experts": 2 * hidden, "layer": 3 * hidden, "token": 3 * hidden * a.num_layers}
 
 
-def min_active_share(a: Architecture, device: Accelerator, precision: str, devices_per_node: int = 8, tpot: float = 0.05):
+def min_active_share(
+    a: Architecture, device: Accelerator, precision: str, devices_per_node: int = 8, tpot: float = 0.05
+):
     """S_min: the smallest share of active experts that keeps the experts' compute busy at the network's speed.
 
     A product of B tokens does 2 B operations per byte of weight, so that B_dense = ratio / 2 and B_moe = B_dense / S;

@@ -147,7 +147,12 @@ def _grouped_attention(c: dict[str, Any], head_norms: bool) -> Attention:
     return Attention(
         kind="GQA" if kv_heads < heads else "MHA",
         heads=heads,
-        linears=((heads * width, hidden), (kv_heads * width, hidden), (kv_heads * width, hidden), (hidden, heads * width)),
+        linears=(
+            (heads * width, hidden),
+            (kv_heads * width, hidden),
+            (kv_heads * width, hidden),
+            (hidden, heads * width),
+        ),
         other_params=(2 * width if head_norms else 0) + biases,
         kv_elements=2 * kv_heads * width,
         score_width=width,
@@ -166,7 +171,9 @@ def _deepseek(c: dict[str, Any], name: str) -> Architecture:
     biased = c.get("topk_method", "noaux_tc" if c["model_type"] != "deepseek_v2" else "") == "noaux_tc"
     depths = c.get("num_nextn_predict_layers") or 0
     block = attention.linears + experts * _mlp(hidden, c["moe_intermediate_size"]) + _mlp(hidden, shared)
-    chosen = attention.linears + c["num_experts_per_tok"] * _mlp(hidden, c["moe_intermediate_size"]) + _mlp(hidden, shared)
+    chosen = (
+        attention.linears + c["num_experts_per_tok"] * _mlp(hidden, c["moe_intermediate_size"]) + _mlp(hidden, shared)
+    )
     # Router, joining projection and norms stay unquantised.
     other = attention.other_params + experts * hidden + 2 * hidden * hidden + 5 * hidden
     return Architecture(

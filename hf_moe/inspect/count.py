@@ -32,7 +32,9 @@ def count_parameters(source: Source, architecture: Architecture) -> tuple[dict[s
     if model_type not in FAMILIES:
         return parameters(architecture), "formula"
     totals = count_on_meta(source)
-    return {part: Part(totals[part], active_of(architecture, part, totals[part])) for part in PARTS}, "meta-device model"
+    return {
+        part: Part(totals[part], active_of(architecture, part, totals[part])) for part in PARTS
+    }, "meta-device model"
 
 
 def count_on_meta(source: Source) -> dict[str, int]:

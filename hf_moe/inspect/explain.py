@@ -87,8 +87,7 @@ INSPECT = (
     ),
     (
         "arithmetic_intensity",
-        "attention_flops / kv_cache_bytes of one sequence. One byte per element: 2 h / g for GQA and MFA,"
-        " 4 h for MLA",
+        "attention_flops / kv_cache_bytes of one sequence. One byte per element: 2 h / g for GQA and MFA, 4 h for MLA",
         REPORT,
     ),
     (
@@ -130,6 +129,37 @@ INSPECT = (
         "S = (chosen + shared) / (experts + shared); S_min = H L ratio / (network of 8 devices x 2/3 of a"
         " stage): below it the network, not the experts, is the limit",
         REPORT,
+    ),
+)
+
+
+LOAD_SOURCE = "router of each layer, one forward pass over the text"
+ROUTE = (
+    ("tokens_per_expert", "choices that fell on each expert; ids behind the last expert are zero experts", LOAD_SOURCE),
+    (
+        "entropy, normalised_entropy",
+        "-sum p log2 p over the experts' shares p of the choices; / log2(experts): 1 is even",
+        "Shannon entropy",
+    ),
+    ("max_over_mean", "load of the busiest expert / mean load: 1 is even", ARITHMETIC),
+    ("unused_experts", "experts that no token chose", ARITHMETIC),
+    (
+        "group_load, group_max_over_mean",
+        "the same for devices that hold experts / groups neighbouring experts each",
+        "expert parallelism, DeepSeek-V3 report, section 3.4",
+    ),
+    ("groups_per_token", "devices that a token is sent to, mean", "DeepSeek-V3 report, section 2.1.2"),
+    (
+        "real_experts_per_token, tokens_by_real_experts, zero_share",
+        "choices that are experts with weights: mean, and tokens by number; share of choices on zero experts",
+        "LongCat-Flash report, section 2.1",
+    ),
+    ("top_weight", "largest weight of a token / sum of its weights, mean", "router"),
+    (
+        "pairs, lift",
+        "tokens that chose both experts x tokens / (tokens of the one x tokens of the other): 1 is chance; pairs with "
+        "fewer than 5 tokens left out",
+        ARITHMETIC,
     ),
 )
 

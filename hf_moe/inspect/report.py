@@ -13,6 +13,7 @@ from .architecture import Architecture, read_architecture
 from .count import count_parameters
 from .sources import bytes_on_disk, read_source, stored_precision
 
+
 def inspect_model(
     model: str,
     contexts: list[int],
