@@ -204,9 +204,9 @@ def disaggregate(
     precision: str,
     tpot: float = 0.05,
 ) -> dict:
-    """Attention-FFN disaggregation: each side on the fewest devices that hold it and keep up with `tpot` seconds a token.
+    """Attention-FFN disaggregation: each side on the fewest devices that hold it and keep up with `tpot`.
 
-    Three micro-batches are in flight, so that each stage has a third of the time per token. A network link is as
+    `tpot` is the aim in seconds per token. Three micro-batches are in flight, so that each stage has a third of the time per token. A network link is as
     fast as the devices of its slower side together.
     """
     weights = cost.weight_bytes(a, precision)

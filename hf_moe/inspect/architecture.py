@@ -69,7 +69,7 @@ class Architecture:
 
     @property
     def real_experts_per_token(self) -> float:
-        """Experts with weights that a token meets: its choices, less those that fall on zero experts if all are alike."""
+        """Experts with weights that a token meets: its choices, less those that fall on zero experts by number."""
         choices = self.num_experts + self.num_zero_experts
         return self.experts_per_token * self.num_experts / choices if choices else 0
 
@@ -94,7 +94,8 @@ def read_architecture(config: dict[str, Any], name: str) -> Architecture:
     reader = READERS.get(model_type)
     if reader is None:
         raise ValueError(
-            f"{name}: there are no cost formulas for the model type {model_type!r}; known are {', '.join(sorted(READERS))}."
+            f"{name}: there are no cost formulas for the model type {model_type!r}; "
+            f"known are {', '.join(sorted(READERS))}."
         )
     try:
         return reader(config, name)

@@ -1,4 +1,4 @@
-"""Parameters counted on the model itself, on the meta device: what the classes of this package have, to the last one."""
+"""Parameters counted on the model itself, on the meta device: what our classes have, to the last element."""
 
 import copy
 import re

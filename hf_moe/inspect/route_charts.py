@@ -47,7 +47,8 @@ def plot_balance(routing: Routing, groups: int):
     places = range(len(rows))
     upper.plot(places, [row["normalised_entropy"] for row in rows], marker="o", markersize=4, color="#30638e")
     upper.set(title=f"Balance of the experts, {routing.model}", ylabel="entropy / its maximum")
-    upper.set_ylim(top=1.0)
+    lowest = min(row["normalised_entropy"] for row in rows)
+    upper.set_ylim(min(0.9, lowest - 0.02), 1.01)
     lower.plot(
         places,
         [row["max_over_mean"] for row in rows],
@@ -61,7 +62,7 @@ def plot_balance(routing: Routing, groups: int):
     lower.plot(places, values, marker="s", markersize=4, color="#edae49", label=label)
     lower.axhline(1, color="#888888", linewidth=1, linestyle="--")
     lower.set(xlabel="layer", ylabel="load / mean load")
-    lower.set_ylim(bottom=0)
+    lower.set_ylim(0, 1.1 * max(max(row["max_over_mean"], row["group_max_over_mean"]) for row in rows))
     step = max(1, len(rows) // 20)
     lower.set_xticks(places[::step], _labels(routing)[::step])
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
@@ -76,21 +77,27 @@ def plot_tokens_per_expert(routing: Routing):
     figure = new_figure(9, 4.8)
     axes = figure.subplots()
     import matplotlib
+    import matplotlib.ticker
 
-    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(routing.layers)))
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(routing.layers)))
     for layer, colour in zip(routing.layers, colours):
         load = layer.tokens_per_expert()[: layer.num_experts].double().sort(descending=True).values
         share = 100 * load / load.sum().clamp(min=1)
-        axes.plot(range(1, layer.num_experts + 1), share.numpy(), color=colour, linewidth=1.2)
+        places = range(1, layer.num_experts + 1)
+        axes.plot(places, share.numpy(), color=colour, linewidth=1.2, label=f"layer {layer.layer}")
     first = routing.layers[0]
     axes.axhline(100 / first.num_experts, color="#888888", linewidth=1, linestyle="--")
     axes.text(first.num_experts, 100 / first.num_experts, "even ", va="bottom", ha="right", fontsize=8, color="#555555")
     title = f"Tokens per expert, {routing.model}, {routing.num_tokens:,} tokens"
     axes.set(title=title, xlabel="experts of a layer, busiest first", ylabel="share of the layer's choices (%)")
     axes.set_ylim(bottom=0)
-    numbers = [layer.layer for layer in routing.layers]
-    norm = matplotlib.colors.Normalize(min(numbers), max(max(numbers), min(numbers) + 1))
-    figure.colorbar(matplotlib.cm.ScalarMappable(norm=norm, cmap="viridis"), ax=axes, label="layer")
+    if len(routing.layers) <= 12:
+        axes.legend(fontsize=8, frameon=False)
+    else:
+        numbers = [layer.layer for layer in routing.layers]
+        norm = matplotlib.colors.Normalize(min(numbers), max(numbers))
+        scale = matplotlib.cm.ScalarMappable(norm=norm, cmap=matplotlib.colors.ListedColormap(colours))
+        figure.colorbar(scale, ax=axes, label="layer", ticks=matplotlib.ticker.MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, alpha=0.25)
     return figure
