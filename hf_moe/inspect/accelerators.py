@@ -206,8 +206,8 @@ def disaggregate(
 ) -> dict:
     """Attention-FFN disaggregation: each side on the fewest devices that hold it and keep up with `tpot`.
 
-    `tpot` is the aim in seconds per token. Three micro-batches are in flight, so that each stage has a third of the time per token. A network link is as
-    fast as the devices of its slower side together.
+    `tpot` is the aim in seconds per token. Three micro-batches are in flight, so that each stage has a third of it. A
+    network link is as fast as the devices of its slower side together.
     """
     weights = cost.weight_bytes(a, precision)
     cache = cost.kv_cache_bytes(a, context, batch, kv_dtype)

@@ -64,6 +64,7 @@ class Architecture:
     mtp_linears: tuple[Shape, ...] = ()
     mtp_other: int = 0
     mtp_active: int = 0
+    mtp_buffers: int = 0  # correction biases
     mtp_copies: int = 0  # elements that a checkpoint repeats and a model holds once
     vision_params: int = 0
 
@@ -85,7 +86,7 @@ class Architecture:
     @property
     def router_buffers(self) -> int:
         rows = self.num_experts + self.num_zero_experts
-        return self.num_moe * rows if self.router_bias == "buffer" else 0
+        return self.num_moe * rows * (self.router_bias == "buffer") + self.mtp_buffers
 
 
 def read_architecture(config: dict[str, Any], name: str) -> Architecture:
@@ -198,6 +199,7 @@ def _deepseek(c: dict[str, Any], name: str) -> Architecture:
         mtp_linears=depths * block,
         mtp_other=depths * other,
         mtp_active=depths * (_size(chosen) + other),
+        mtp_buffers=depths * experts * biased,
         mtp_copies=depths * 2 * c["vocab_size"] * hidden,
     )
 
@@ -301,7 +303,8 @@ def _grouped(c: dict[str, Any], name: str) -> Architecture:
     if model_type == "mixtral":
         experts, top_k, width, moe = c["num_local_experts"], c["num_experts_per_tok"], c["intermediate_size"], layers
     elif model_type == "qwen3_moe":
-        experts, top_k, width = c["num_experts"], c["num_experts_per_tok"], c["moe_intermediate_size"]
+        experts = c["num_local_experts"] if "num_local_experts" in c else c["num_experts"]
+        top_k, width = c["num_experts_per_tok"], c["moe_intermediate_size"]
         step, dense = c.get("decoder_sparse_step", 1), set(c.get("mlp_only_layers") or ())
         moe = sum(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
     elif model_type == "ernie4_5_moe":

@@ -59,9 +59,16 @@ class Routing:
 
 
 def load_model(model: str, dtype: str = "auto", device_map: str | None = None) -> tuple[PreTrainedModel, Any]:
-    """Model and tokenizer of a folder or a Hub id; `"demo"` is the model that comes with the package."""
+    """Model and tokenizer of a folder or a Hub id; `"demo"` is the model that comes with the package.
+
+    Raises:
+        FileNotFoundError: where there is no such folder or repository.
+    """
     path = DEMO_MODEL if model == "demo" else model
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise FileNotFoundError(f"{model}: no configuration can be read: {error}") from error
     known = getattr(type(config), "remote_code_map", {})
     auto_class = next((name for name in AUTO_CLASSES if name in known), "AutoModelForCausalLM")
     arguments = {} if device_map is None else {"device_map": device_map}

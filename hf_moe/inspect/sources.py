@@ -77,5 +77,5 @@ def stored_precision(config: dict[str, Any]) -> str:
 
 def bytes_on_disk(folder: Path | None) -> int | None:
     """Bytes of the weight files of a folder; `None` where there are none."""
-    sizes = [path.stat().st_size for path in folder.glob("*.safetensors")] if folder else []
+    sizes = [path.stat().st_size for path in folder.glob("model*.safetensors")] if folder else []
     return sum(sizes) if sizes else None
