@@ -56,6 +56,7 @@ class Architecture:
     expert_width: int = 0
     shared_width: int = 0
     router_bias: str = ""  # "buffer" or "parameter" where the router has a correction bias
+    router_linear_bias: bool = False
     router_bytes: int = 2  # of one weight of the router, in a bfloat16 checkpoint
     norm_params: int = 0
     ngram_rows: int = 0  # of all n-gram tables together
@@ -80,8 +81,8 @@ class Architecture:
 
     @property
     def router_weights(self) -> int:
-        bias = self.num_experts + self.num_zero_experts if self.router_bias == "parameter" else 0
-        return self.num_moe * ((self.num_experts + self.num_zero_experts) * self.hidden_size + bias)
+        biases = (self.router_bias == "parameter") + self.router_linear_bias
+        return self.num_moe * (self.num_experts + self.num_zero_experts) * (self.hidden_size + biases)
 
     @property
     def router_buffers(self) -> int:
@@ -237,6 +238,7 @@ def _longcat(c: dict[str, Any], name: str) -> Architecture:
         experts_per_token=c["moe_topk"],
         expert_width=c["expert_ffn_hidden_size"],
         router_bias="buffer",
+        router_linear_bias=bool(c.get("router_bias")),
         router_bytes=4,
         norm_params=(4 * layers + 1) * hidden,
         mtp_linears=depths * block,

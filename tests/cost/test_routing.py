@@ -202,9 +202,8 @@ def test_pictures_show_the_numbers():
     load = route_charts.plot_load(routing).axes[0]
     counts = routing.layers[4].tokens_per_expert()[:32].double()
     shown = torch.tensor(load.images[0].get_array()[4].tolist()).double()
-    assert (
-        torch.allclose(shown, counts / counts.mean()) and load.get_xlabel() == "expert" and load.get_ylabel() == "layer"
-    )
+    assert torch.allclose(shown, counts / counts.mean())
+    assert (load.get_xlabel(), load.get_ylabel()) == ("expert", "layer")
     upper, lower = route_charts.plot_balance(routing, 8).axes
     rows = [layer_statistics(layer, 8) for layer in routing.layers]
     assert list(upper.lines[0].get_ydata()) == pytest.approx([row["normalised_entropy"] for row in rows])
