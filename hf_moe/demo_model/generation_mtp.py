@@ -10,6 +10,7 @@ agrees with, row by row. Terms, with n tokens known of a row (the newest of them
 - drafts beyond D come from the last depth, applied to its own output one slot further on.
 """
 
+import copy
 import inspect
 import time
 from collections.abc import Callable
@@ -91,9 +92,9 @@ class MTPGenerationMixin(GenerationMixin):
                 speculation beside it, stateful logits processors, offloaded or quantised caches, attentions or hidden
                 states as outputs, and generation that is synchronised between processes.
         """
-        bound = inspect.signature(GenerationMixin.generate).bind(self, *args, **kwargs).arguments
-        bound.pop("self")
-        arguments = {**bound, **bound.pop("kwargs", {})}
+        arguments = inspect.signature(GenerationMixin.generate).bind(self, *args, **kwargs).arguments
+        arguments.pop("self")
+        arguments |= arguments.pop("kwargs", {})
         given = arguments.get("generation_config")
 
         def option(name: str) -> Any:
@@ -124,8 +125,15 @@ class MTPGenerationMixin(GenerationMixin):
             criteria = arguments.get("stopping_criteria") or ()
             stop = StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)
             arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, stop])
-            arguments["generation_config"] = _without_stop_strings(given or self.generation_config)
-            arguments.pop("stop_strings", None)
+        # `use_mtp` is Transformers' own speculation, which reads MTP weights from a checkpoint.
+        handled = {"use_mtp": False, "stop_strings": None}
+        if given is not None:
+            arguments["generation_config"] = _changed(given, handled)
+        elif self.generation_config.stop_strings is not None:
+            arguments["generation_config"] = _changed(self.generation_config, handled)
+        arguments = {name: value for name, value in arguments.items() if name not in handled}
+        if "generation_config" not in arguments:
+            arguments["use_mtp"] = False
 
         def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
             decoding = MTPDecoding(
@@ -133,8 +141,7 @@ class MTPGenerationMixin(GenerationMixin):
             )
             return decoding.run()
 
-        # `use_mtp` is Transformers' own speculation, which reads MTP weights from a checkpoint.
-        return super().generate(**{**arguments, "use_mtp": False, "custom_generate": decode})
+        return super().generate(**arguments, custom_generate=decode)
 
     def _check_mtp_options(self, arguments: dict[str, Any], option: Callable[[str], Any]) -> None:
         if not self.model.mtp_layers():
@@ -164,9 +171,10 @@ class MTPGenerationMixin(GenerationMixin):
             raise ValueError("`use_mtp=True` cannot keep processes in step (`synced_gpus`): generate without it.")
 
 
-def _without_stop_strings(config: GenerationConfig) -> GenerationConfig:
-    config = GenerationConfig.from_dict(config.to_dict())
-    config.stop_strings = None
+def _changed(config: GenerationConfig, changes: dict[str, Any]) -> GenerationConfig:
+    config = copy.deepcopy(config)
+    for name, value in changes.items():
+        setattr(config, name, value)
     return config
 
 

@@ -1,7 +1,7 @@
 """How many tokens to draft next, learned from what was accepted and what steps cost; and the report of a generation."""
 
-import statistics
 from collections import defaultdict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 SCHEDULES = ("adaptive", "constant", "heuristic", "heuristic_transient")
@@ -18,6 +18,8 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 16, 512
 # Steps between two plain ones that measure what drafting is compared with. They still yield a token.
 _PLAIN_EVERY = 64
 _TIMES_KEPT = 9
+# Steps of a kind after which their times are believed. New shapes are slow at first, and machines hiccup.
+_TIMES_TRUSTED = 3
 
 
 @dataclass
@@ -159,21 +161,29 @@ class DraftSchedule:
         return total
 
     def expected_cost(self, count: int) -> float:
-        """Time of a step with `count` drafts: seconds once one was measured, else in plain steps."""
-        if count in self.times:
-            return statistics.median(self.times[count])
-        if not self.times:
+        """Time of a step with `count` drafts: seconds once plain steps were measured, else in plain steps."""
+        if 0 not in self.times:
             return 1 + self.cost_ratio * count
-        known = sorted(self.times, key=lambda other: abs(other - count))[:2]
-        nearest = statistics.median(self.times[known[0]])
-        slope = nearest / (1 + self.cost_ratio * known[0]) * self.cost_ratio
-        if len(known) == 2:
-            second = statistics.median(self.times[known[1]])
-            slope = max(0.0, (nearest - second) / (known[0] - known[1]))
-        return nearest + slope * (count - known[0])
+        plain = _typical(self.times[0])
+        measured = self.times.get(count, ())
+        if len(measured) >= _TIMES_TRUSTED or (count == 0 and measured):
+            return _typical(measured)
+        # Extrapolated from what is known best; a few slow samples are no reason not to try again.
+        slope = self.cost_ratio * plain
+        trusted = [other for other, times in self.times.items() if other and len(times) >= _TIMES_TRUSTED]
+        if trusted:
+            nearest = min(trusted, key=lambda other: abs(other - count))
+            slope = max(0.0, _typical(self.times[nearest]) - plain) / nearest
+        return min([plain + slope * count, *measured])
 
     def _plain_is_due(self) -> bool:
         measured = len(self.times.get(0, ()))
         if measured < 3:
             return self.steps in (2, 4, 6, 8)
         return self.steps % _PLAIN_EVERY == 0
+
+
+def _typical(times: Iterable[float]) -> float:
+    """The lower quartile: what is slower has been disturbed."""
+    times = sorted(times)
+    return times[len(times) // 4]

@@ -85,3 +85,16 @@ def adopt_growing_layers(cache: Cache, num_layers: int) -> None:
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and not layer.is_initialized:
             cache.layers[index] = GrowingLayer()
+
+
+def new_tokens(mask: torch.Tensor, past: torch.Tensor | int, seq: int) -> torch.Tensor:
+    """The part (batch, seq) of a mask over the context that belongs to the new tokens.
+
+    The number of cached tokens is a tensor in static caches, whose masks may cover slots that are not yet written.
+    """
+    if mask.shape[1] == seq:
+        return mask
+    if isinstance(past, int):
+        return mask[:, past : past + seq] if mask.shape[1] >= past + seq else mask[:, -seq:]
+    own = torch.arange(seq, device=mask.device) + past
+    return mask.index_select(1, own.clamp(max=mask.shape[1] - 1))

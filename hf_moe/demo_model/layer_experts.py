@@ -7,18 +7,25 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from .layer_dense import GatedMLP
+from .layer_fp8 import Fp8Module
 from .layer_router import TopkRouter
+from .op_fp8 import fp8_linear
 from .op_moe import BACKEND_NAME  # noqa: F401  importing registers the backend with Transformers' experts interface
 
 
 @use_experts_implementation
-class Experts(nn.Module):
+class Experts(Fp8Module):
     """E gated experts in two stacked parameters: `gate_up_proj` (E, 2I, H), gate rows first, and `down_proj` (E, H, I).
 
     `forward(hidden_states, topk_indices, topk_weights)` takes (T, H), (T, K) and (T, K) and returns (T, H). The
     decorator sends the call to the backend that the configuration names (`set_experts_implementation`); the method
     below is the definition, `"eager"`.
+
+    Both parameters may be block FP8, with scales `gate_up_proj_scale_inv` (E, 2 ceil(I / rows), ceil(H / cols)), those
+    of the gate first, and `down_proj_scale_inv` (E, ceil(H / rows), ceil(I / cols)).
     """
+
+    fp8_parts = {"gate_up_proj": 2, "down_proj": 1}
 
     def __init__(self, config):
         super().__init__()
@@ -28,6 +35,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
+        self.register_scales()
 
     def forward(
         self, hidden_states: torch.Tensor, topk_indices: torch.Tensor, topk_weights: torch.Tensor
@@ -37,14 +45,22 @@ class Experts(nn.Module):
             if expert >= self.num_experts:  # under expert parallelism: an expert of another rank
                 continue
             token, choice = torch.where(topk_indices == expert)
-            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            gate, up = self._multiply(hidden_states[token], "gate_up_proj", expert).chunk(2, dim=-1)
+            expert_output = self._multiply(self.act_fn(gate) * up, "down_proj", expert)
             weighted = expert_output * topk_weights[token, choice].unsqueeze(-1)
             output = output.index_add(0, token, weighted.to(output.dtype))
         return output
 
+    def _multiply(self, rows: torch.Tensor, name: str, expert: int) -> torch.Tensor:
+        weight = getattr(self, name)[expert]
+        if self.fp8 is None:
+            return F.linear(rows, weight)
+        scale = getattr(self, f"{name}_scale_inv")[expert]
+        return fp8_linear(rows, weight, scale, self.fp8, parts=self.fp8_parts[name], quantize=self.quantizes(rows))
+
     def extra_repr(self) -> str:
-        return f"experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"
+        sizes = f"experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"
+        return sizes + ("" if self.fp8 is None else f", fp8={self.fp8.block_size}")
 
 
 class MoE(nn.Module):

@@ -4,15 +4,17 @@ The cache holds, per token and layer, the normed latent `c` (kv_lora_rank) and o
 (qk_rope_head_dim), and nothing else. Two evaluation orders give the same function:
 
 - **expanded**: `c` goes through `kv_b_proj` into per-head keys and values; attention runs through Transformers'
-  attention interface. Its cost per call has a term in context x latent x heads, paid again at every decode step.
+  attention interface. Its cost per call has a term in context x latent x heads, paid again at every decode step. Of a
+  long context, only some heads are expanded at a time.
 - **absorbed**: the key half of `kv_b_proj` is applied to the queries and the value half to the attention output, so
   that scores and sums are taken against the latent itself, like multi-query attention with one head of width
-  kv_lora_rank + qk_rope_head_dim. Cheaper for few queries, dearer for many.
+  kv_lora_rank + qk_rope_head_dim. Cheaper for few queries, dearer for many. On GPUs one kernel does it.
 
 Shapes: B batch, S new tokens, T context (new tokens included), h heads, n qk_nope_head_dim, p qk_rope_head_dim,
 v v_head_dim, r kv_lora_rank.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -23,7 +25,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .layer_dense import RMSNorm
 from .layer_linear import Linear
 from .layer_rope import rotate_halves, rotate_interleaved, yarn_softmax_gain
-from .op_mla import latent_scores, latent_sums
+from .op_mla import decodes_on_kernels, latent_decode, latent_scores, latent_sums
+
+# Elements of per-head keys and values that expanded attention holds at a time where no gradient needs them all.
+_EXPANDED_ELEMENTS = 1 << 26
 
 
 def absorbed_is_cheaper(config, num_queries: int, context: int) -> bool:
@@ -115,7 +120,8 @@ class LatentAttention(nn.Module):
 
     `q_lora_rank` of `None` replaces `q_a_proj`, `q_a_layernorm` and `q_b_proj` by one `q_proj`. The two inner norms
     use an epsilon of 1e-6 whatever `rms_norm_eps` says, as the upstream modeling code does (it differs for
-    Kimi-K2-Thinking, whose `rms_norm_eps` is 1e-5).
+    Kimi-K2-Thinking and LongCat, whose `rms_norm_eps` is 1e-5). `mla_scale_q_lora` and `mla_scale_kv_lora` multiply
+    the queries and the normed latent, as it is cached, by the square root of hidden_size over the rank.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -132,6 +138,12 @@ class LatentAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         self.scaling = self.qk_head_dim**-0.5 * yarn_softmax_gain(config.rope_parameters)
+        # LongCat's variance alignment. The factor on the queries goes into the softmax scale, where it costs nothing.
+        if getattr(config, "mla_scale_q_lora", False):
+            self.scaling *= (config.hidden_size / config.q_lora_rank) ** 0.5
+        self.latent_scale = None
+        if getattr(config, "mla_scale_kv_lora", False):
+            self.latent_scale = (config.hidden_size / self.kv_lora_rank) ** 0.5
         self.rotate = rotate_interleaved if config.rope_interleave else rotate_halves
 
         query_width = self.num_heads * self.qk_head_dim
@@ -173,7 +185,9 @@ class LatentAttention(nn.Module):
         latent, key_rope = self.kv_a_proj_with_mqa(hidden_states).split(
             [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
         )
-        latent = self.kv_a_layernorm(latent)  # the rotary key is not normed
+        latent = self.kv_a_layernorm(latent)  # the rotary key is neither normed nor scaled
+        if self.latent_scale is not None:
+            latent = latent * self.latent_scale
         key_rope = self.rotate(key_rope.unsqueeze(2), cos, sin)  # (B, S, 1, p)
         # One head, four dimensions: the layout that every cache class expects.
         latent, key_rope = latent.unsqueeze(1), key_rope.transpose(1, 2)  # (B, 1, S, r), (B, 1, S, p)
@@ -191,9 +205,37 @@ class LatentAttention(nn.Module):
 
     def _attend_expanded(self, query_nope, query_rope, latent, key_rope, attention_mask, **kwargs):
         query = torch.cat((query_nope, query_rope), dim=-1).transpose(1, 2)  # (B, h, S, n + p)
-        expanded = self.kv_b_proj(latent.squeeze(1))  # (B, T, h (n + v))
+        size = self._heads_at_a_time(query.shape[1], latent)
+        if size >= query.shape[1]:
+            expanded = self.kv_b_proj(latent.squeeze(1))
+            return self._attend_heads(query, expanded, key_rope, attention_mask, **kwargs)
+        parts, width = [], self.qk_nope_head_dim + self.v_head_dim
+        for start, queries in zip(range(0, query.shape[1], size), query.split(size, dim=1)):
+            expanded = self.kv_b_proj.outputs(latent.squeeze(1), start * width, (start + queries.shape[1]) * width)
+            parts.append(self._attend_heads(queries, expanded, key_rope, attention_mask, **kwargs))
+        outputs, weights = zip(*parts)
+        return torch.cat(outputs, dim=2), None if weights[0] is None else torch.cat(weights, dim=1)
+
+    def _heads_at_a_time(self, heads: int, latent: torch.Tensor) -> int:
+        """How many heads to expand together, so that their keys and values stay within `_EXPANDED_ELEMENTS`."""
+        module = self.kv_b_proj
+        whole = type(module) is not Linear or hasattr(module, "_hf_hook") or torch.compiler.is_compiling()
+        if whole or (torch.is_grad_enabled() and (latent.requires_grad or module.weight.requires_grad)):
+            return heads  # a wrapped module gives all heads at once, and autograd keeps them all
+        batch, _, context, _ = latent.shape
+        # What kv_b_proj gives, and the keys with their rotary part.
+        per_head = batch * context * (2 * self.qk_nope_head_dim + self.v_head_dim + self.qk_rope_head_dim)
+        size = max(1, _EXPANDED_ELEMENTS // max(1, per_head))
+        if module.fp8 is not None:  # whole rows of blocks
+            rows, width = module.fp8.block_size[0], self.qk_nope_head_dim + self.v_head_dim
+            step = math.lcm(rows, width) // width
+            size = max(1, size // step) * step
+        return size
+
+    def _attend_heads(self, query, expanded, key_rope, attention_mask, **kwargs):
+        """(B, g, S, n + p) queries of g heads and their (B, T, g (n + v)) keys and values to (B, S, g, v)."""
         expanded = expanded.unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim)).transpose(1, 2)
-        key_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)  # (B, h, T, .)
+        key_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)  # (B, g, T, .)
         key = torch.cat((key_nope, key_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
 
         implementation = self.config._attn_implementation
@@ -211,7 +253,7 @@ class LatentAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
-        )  # (B, S, h, v)
+        )
         return (output[..., : self.v_head_dim] if pad > 0 else output), weights
 
     def _attend_absorbed(self, query_nope, query_rope, latent, key_rope, attention_mask, **kwargs):
@@ -220,24 +262,28 @@ class LatentAttention(nn.Module):
         # Into latent space, head by head: (h, B S, n) x (h, n, r).
         query = torch.bmm(query_nope.flatten(0, 1).transpose(0, 1), key_half)
         query = query.transpose(0, 1).unflatten(0, (batch, seq))  # (B, S, h, r)
-        attended, weights = absorbed_attention(
-            query,
-            query_rope,
-            latent,
-            key_rope,
-            attention_mask,
-            self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
-        )
+        dropout = self.attention_dropout if self.training else 0.0
+        if not dropout and not self._wants_weights(kwargs) and decodes_on_kernels(query, latent, attention_mask):
+            attended, weights = latent_decode(query, query_rope, latent, key_rope, attention_mask, self.scaling), None
+        else:
+            attended, weights = absorbed_attention(
+                query, query_rope, latent, key_rope, attention_mask, self.scaling, dropout
+            )
         # And out of it: (h, v, r) x (h, r, B S). The weight goes first, since it must not be copied.
         output = torch.bmm(value_half, attended.flatten(0, 1).permute(1, 2, 0))
         return output.permute(2, 0, 1).unflatten(0, (batch, seq)), weights  # (B, S, h, v)
 
+    def _wants_weights(self, kwargs: dict) -> bool:
+        """Whether attention weights are to be returned, which only the eager implementation promises."""
+        wanted = kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False)
+        return bool(wanted) or self.config._attn_implementation == "eager"
+
     def _kv_b_halves(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`kv_b_proj` as its key part (h, n, r) and value part (h, v, r): the two alternate head by head."""
-        weight = self.kv_b_proj.weight
-        if type(self.kv_b_proj) is not Linear or hasattr(self.kv_b_proj, "_hf_hook"):
-            # An adapter, a quantised layer or an offloaded one: the matrix is what the module makes of unit vectors.
+        if type(self.kv_b_proj) is Linear and not hasattr(self.kv_b_proj, "_hf_hook"):
+            weight = self.kv_b_proj.plain_weight(like.dtype)
+        else:
+            # An adapter, a foreign layer or an offloaded one: the matrix is what the module makes of unit vectors.
             weight = self.kv_b_proj(torch.eye(self.kv_lora_rank, dtype=like.dtype, device=like.device)).t()
         weight = weight.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))
         return weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)

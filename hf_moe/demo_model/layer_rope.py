@@ -36,8 +36,9 @@ class RotaryEmbedding(nn.Module):
     @staticmethod
     def compute_default_rope_parameters(config, device=None, **kwargs) -> tuple[torch.Tensor, float]:
         """Plain RoPE: `theta ** (-2 j / rotary_dim)`, shape (rotary_dim / 2,), and an attention factor of 1."""
-        exponents = torch.arange(0, config.qk_rope_head_dim, 2, dtype=torch.float, device=device)
-        return config.rope_parameters["rope_theta"] ** (-exponents / config.qk_rope_head_dim), 1.0
+        rotary_dim = config.head_dim  # what Transformers' own functions read; MLA's configurations mean its rotary part
+        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float, device=device)
+        return config.rope_parameters["rope_theta"] ** (-exponents / rotary_dim), 1.0
 
     @torch.no_grad()
     @dynamic_rope_update  # recomputes the frequencies of "dynamic" when a longer sequence arrives

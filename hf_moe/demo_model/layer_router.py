@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .op_linear import linear
+
 
 class TopkRouter(nn.Module):
     """Top-k router of DeepSeek-V2 (softmax) and DeepSeek-V3 / Kimi-K2 (sigmoid with a correction bias).
@@ -18,8 +20,9 @@ class TopkRouter(nn.Module):
     whatever the dtype of the model (DeepSeek-V3 report, section 2.1.2; V2 report, section 2.2).
 
     `tokens_per_expert`, (E,) int64, holds how many choices each expert received in the last forward pass: what a
-    balance controller works from. With gradient checkpointing the recomputation counts the same tokens again into
-    the same place, so that reading it after the backward pass stays right.
+    balance controller works from. `token_mask`, (T,) bool, leaves padding out of the count. With gradient
+    checkpointing the recomputation counts the same tokens again into the same place, so that reading it after the
+    backward pass stays right.
     """
 
     def __init__(self, config):
@@ -40,24 +43,35 @@ class TopkRouter(nn.Module):
         else:
             self.e_score_correction_bias = None
         self._last_topk_indices: torch.Tensor | None = None
+        self._last_token_mask: torch.Tensor | None = None
 
     @property
     def tokens_per_expert(self) -> torch.Tensor | None:
         """Choices per expert in the last forward pass, (E,) int64; `None` before the first."""
         if self._last_topk_indices is None:
             return None
-        return torch.bincount(self._last_topk_indices.flatten(), minlength=self.num_experts)
+        indices = self._last_topk_indices
+        if self._last_token_mask is not None:  # padding counts as an expert that is cut off
+            indices = indices.masked_fill(~self._last_token_mask.unsqueeze(-1), self.num_experts)
+        return torch.bincount(indices.flatten(), minlength=self.num_experts)[: self.num_experts]
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden_states = hidden_states.reshape(-1, self.hidden_size)
         with _no_autocast(hidden_states.device.type):
-            router_logits = F.linear(hidden_states.float(), self.weight.float())  # (T, E)
+            router_logits = self._project(hidden_states)
         scores = router_logits.softmax(-1) if self.scoring_func == "softmax" else router_logits.sigmoid()
         topk_indices = self._choose(scores)
         if self.training or not torch.compiler.is_compiling():  # a compiled decode step keeps no statistics
             self._last_topk_indices = topk_indices.detach()
+            self._last_token_mask = token_mask
         # The bias picks experts, it never weighs them: the weights are the plain scores.
         return router_logits, self._weigh(scores.gather(-1, topk_indices)), topk_indices
+
+    def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(T, hidden) to router logits (T, E) in float32."""
+        return F.linear(hidden_states.float(), self.weight.float())
 
     @torch.no_grad()
     def _choose(self, scores: torch.Tensor) -> torch.Tensor:
@@ -85,6 +99,93 @@ class TopkRouter(nn.Module):
             if self.scoring_func == "softmax":
                 return topk_scores  # V2: normalised weights are not scaled (upstream modeling code)
         return topk_scores * self.routed_scaling_factor
+
+
+class SoftmaxRouter(TopkRouter):
+    """Top-k router of Step3: softmax over all experts, the K largest, divided by their sum if `norm_topk_prob` is set.
+
+    Inputs, outputs and statistics are those of `TopkRouter`. Unlike V2's, a single choice is normalised, too.
+    """
+
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.top_k = config.num_experts_per_tok
+        self.num_experts = config.n_routed_experts
+        self.hidden_size = config.hidden_size
+        self.num_group = self.topk_group = 1
+        self.topk_method, self.scoring_func = "greedy", "softmax"
+        self.norm_topk_prob = config.norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
+        self.e_score_correction_bias = None
+        self._last_topk_indices: torch.Tensor | None = None
+
+    def _weigh(self, topk_scores: torch.Tensor) -> torch.Tensor:
+        return topk_scores / topk_scores.sum(-1, keepdim=True) if self.norm_topk_prob else topk_scores
+
+
+class RouterClassifier(nn.Module):
+    """The weight of `ZeroExpertRouter`; no `nn.Linear`, so that nothing that replaces those quantises it."""
+
+    def __init__(self, hidden_size: int, columns: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(columns, hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(columns, dtype=torch.float32)) if bias else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(T, hidden) to (T, columns), in float32 or wider."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(wide)
+        return linear(hidden_states.to(wide), self.weight.to(wide), bias)
+
+
+class ZeroExpertRouter(TopkRouter):
+    """Top-k router of LongCat over N real experts and, behind them, Z zero experts (technical report, section 2.1).
+
+    One softmax spans all N + Z columns; the correction bias picks and never weighs; nothing is normalised unless
+    `norm_topk_prob` says so; every weight, those of zero experts too, is scaled by `routed_scaling_factor`. Ids of N
+    and above are zero experts, and E = N + Z in `forward` and `tokens_per_expert`.
+
+    Weight and bias stay in float32 through `.to(bfloat16)`, `.half()` and their like; only float64 widens them.
+    """
+
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.top_k = config.moe_topk
+        self.num_real_experts = config.n_routed_experts
+        self.num_experts = config.n_routed_experts + config.zero_expert_num
+        self.hidden_size = config.hidden_size
+        self.num_group = self.topk_group = 1
+        self.topk_method, self.scoring_func = "noaux_tc", "softmax"
+        self.norm_topk_prob = config.norm_topk_prob
+        self.routed_scaling_factor = config.routed_scaling_factor
+        self.classifier = RouterClassifier(config.hidden_size, self.num_experts, config.router_bias)
+        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
+        self._last_topk_indices: torch.Tensor | None = None
+        self._last_token_mask: torch.Tensor | None = None
+
+    @property
+    def real_experts_per_token(self) -> torch.Tensor | None:
+        """Real experts that each token of the last forward pass went to, (T,) int64; padding has 0."""
+        if self._last_topk_indices is None:
+            return None
+        counts = (self._last_topk_indices < self.num_real_experts).sum(-1)
+        return counts if self._last_token_mask is None else counts * self._last_token_mask
+
+    def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.classifier(hidden_states)
+
+    def _weigh(self, topk_scores: torch.Tensor) -> torch.Tensor:
+        if self.norm_topk_prob:
+            topk_scores = topk_scores / (topk_scores.sum(-1, keepdim=True) + 1e-20)
+        return topk_scores * self.routed_scaling_factor
+
+    def _apply(self, fn, recurse=True):
+        def keep_wide(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4 and tensor.dtype.itemsize >= 4
+            return tensor.to(moved.device) if narrowed else moved
+
+        return super()._apply(keep_wide, recurse)
 
 
 def _no_autocast(device_type: str):

@@ -4,6 +4,7 @@ import copy
 import os
 import re
 import tempfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +12,43 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import PreTrainedModel
 
 from .layer_experts import Experts
-from .layer_router import TopkRouter
+from .layer_fp8 import Fp8Module, refuse_cast
+from .layer_router import TopkRouter, ZeroExpertRouter
+from .op_fp8 import Fp8Format
 from .op_moe import BACKEND_NAME
-from .weights_experts import defer_experts, expert_index, upstream_parts
-from .weights_lazy import LazyTensor, plain_tensors, read_quantization_config
+from .weights_experts import SCALE_SUFFIX, defer_experts, expert_index, upstream_parts
+from .weights_fp8 import BlockFp8Config, BlockFp8Quantizer, upstream_fp8_config
+from .weights_lazy import Fp8Weight, LazyTensor, QuantizedOnLoad, plain_tensors, read_quantization_config
 from .weights_safetensors import CheckpointError, ShapeError, check_folder, open_files, variant_names
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Arguments that both the configuration and the weights are fetched with.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 # Arguments of the model that the configuration would take for fields of its own.
-_NOT_CONFIG = ("state_dict", "quantization_config", "dtype", "torch_dtype")
+_NOT_CONFIG = ("state_dict", "quantization_config", "dequantize", "dtype", "torch_dtype")
+# Notes from `from_pretrained` to the loader, on the configuration.
+_LOAD_OPTIONS = {
+    "decoding": None,
+    "source": None,
+    "check_names": True,
+    "key_mapping": None,
+    "ignore_mismatched_sizes": False,
+}
+_FP8_TENSORS = (Fp8Weight, QuantizedOnLoad)
 
 
 class MoePreTrainedModel(PreTrainedModel):
     """Base of all our models: upstream checkpoints in, upstream checkpoints out.
 
-    - `from_pretrained` checks the files first, decodes block FP8 and packed INT4 weights on the way, keeps or drops
-      MTP layers by what the checkpoint holds, and refuses a checkpoint that lacks experts.
+    - `from_pretrained` checks the files first, keeps block FP8 weights as they are or decodes them, decodes packed INT4
+      weights, keeps or drops MTP layers by what the checkpoint holds, and refuses a checkpoint that lacks experts.
     - `save_pretrained` writes upstream names, the remote code with its `auto_map`, and replaces files only when all
       are complete.
     """
@@ -47,12 +62,24 @@ class MoePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    # Modules of ours that the family's FP8 releases leave in bfloat16, by the end of their name. A family extends it.
+    _fp8_modules_to_not_convert = ("lm_head", "eh_proj", "shared_head.head")
 
     # --- defaults -------------------------------------------------------------------------------------------------
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """As in Transformers, with our per-call choice as the default."""
-        return super().get_correct_experts_implementation(requested_experts or BACKEND_NAME)
+        """As in Transformers, with our per-call choice as the default.
+
+        Raises:
+            ValueError: for a backend of Transformers that multiplies plain weights, where the weights are FP8.
+        """
+        name = super().get_correct_experts_implementation(requested_experts or BACKEND_NAME)
+        if name not in (BACKEND_NAME, "eager") and any(module.fp8 is not None for module in self._fp8_modules()):
+            raise ValueError(
+                f"`experts_implementation={name!r}` multiplies plain weights, and this model's are FP8; use "
+                f"{BACKEND_NAME!r} or 'eager', or load with `dequantize=True`."
+            )
+        return name
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -61,15 +88,53 @@ class MoePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Fp8Module) and module.fp8 is not None:
+            return  # comes from a checkpoint, whole
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, TopkRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
+            weight = module.classifier.weight if isinstance(module, ZeroExpertRouter) else module.weight
+            init.normal_(weight, mean=0.0, std=std)
             if module.e_score_correction_bias is not None:
                 init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, Experts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
+
+    def _check_token_ids(self, input_ids: torch.LongTensor) -> None:
+        """Raises `IndexError` for token ids outside of the vocabulary."""
+        # On an accelerator the check waits for the device: there only prompts are checked, not training or decoding.
+        on_cpu = input_ids.device.type == "cpu"
+        is_prompt = input_ids.shape[-1] > 1 and not self.training
+        if torch.compiler.is_compiling() or input_ids.device.type == "meta" or input_ids.numel() == 0:
+            return
+        capturing = input_ids.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if on_cpu or (is_prompt and not capturing):
+            low, high = (bound.item() for bound in input_ids.aminmax())
+            entries = self.get_input_embeddings().num_embeddings
+            if low < 0 or high >= entries:
+                raise IndexError(
+                    f"`input_ids` holds token ids from {low} to {high}, but the vocabulary has {entries} entries. "
+                    "Is this the tokenizer of this model?"
+                )
+
+    @classmethod
+    def own_config(cls, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The part of `config` that this class reads: all of it, unless a family has composite configurations."""
+        return config
+
+    # --- expert tensors: families that name them otherwise override these ---------------------------------------
+
+    experts_key = "n_routed_experts"  # the configuration's name for the number of experts, for messages
+
+    def checkpoint_stem(self, name: str) -> str:
+        """What a parameter's name and its name in a file have in common."""
+        return _stem(name)
+
+    def upstream_parts(self, stem: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+        """Stems and shapes of the upstream tensors that a fused parameter is made of; nothing for any other one."""
+        parts = upstream_parts(stem, shape[0]) if shape else ()
+        return [(part, (shape[1] // share, shape[2])) for part, share in parts]
 
     # --- MTP layers: families that have them override these -----------------------------------------------------
 
@@ -91,15 +156,87 @@ class MoePreTrainedModel(PreTrainedModel):
     def untie_mtp_tensor(self, duplicate: str) -> None:
         """Gives an MTP layer its own parameter where a checkpoint's copy differs from the original."""
 
+    # --- what a family may add to loading ---------------------------------------------------------------------------
+
+    def own_tensors(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Of a checkpoint's tensors those of this model, under upstream names (wrappers put theirs beside them)."""
+        return tensors
+
+    def adapt_to_checkpoint(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Fits the empty model to the shapes of a checkpoint's tensors, by upstream name without `model.`."""
+
+    def host_tables(self) -> dict[str, nn.Module]:
+        """Modules whose `weight` is no parameter and stays off the model's device, by upstream name of the tensor."""
+        return {}
+
+    # --- block FP8 --------------------------------------------------------------------------------------------------
+
+    def prepare_fp8(self, request: BlockFp8Config, checkpoint_files: list[str] | None) -> dict[str, Any] | None:
+        """Gives the modules of the still empty model FP8 weights where the checkpoint has them, or where asked.
+
+        Returns the tensors to load, by upstream name; `None` if there are no files.
+        """
+        if checkpoint_files is None:
+            return None
+        options = self.config.load_options
+        tensors = _read_checkpoint(self, checkpoint_files, options)
+        if request.on_load:
+            skipped = request.stored.get("modules_to_not_convert") or ()
+            candidates = {name: _on_load(name, tensor, request) for name, tensor in tensors.items()}
+        else:
+            skipped, candidates = None, tensors
+        tensors = {**tensors, **_store_fp8(self, candidates, request, options["key_mapping"], skipped)}
+        self.get_correct_experts_implementation(self.config._experts_implementation)
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def freeze_fp8(self) -> None:
+        """Takes the gradient from FP8 weights and their scales."""
+        for module in self._fp8_modules():
+            module.freeze_fp8()
+
+    def set_fp8_activations(self, quantize: bool | None) -> None:
+        """Whether products with FP8 weights quantise their activations, 1 x 128, too.
+
+        `None`, the default, does so on GPUs whose tensor cores multiply FP8, where the checkpoint is meant for it.
+        `False` gives the product with the exact weights anywhere, `True` that with quantised activations.
+        """
+        for module in self._fp8_modules():
+            module.quantize_activations = quantize
+
+    def store_dequantized(self, dtype: torch.dtype):
+        """Decodes every FP8 weight to `dtype`, module by module; `dequantize()` is the whole of it."""
+        for module in self._fp8_modules():
+            module.store_dequantized(dtype)
+        return self
+
+    def _fp8_modules(self) -> Iterator[Fp8Module]:
+        return (module for module in self.modules() if isinstance(module, Fp8Module) and module.fp8 is not None)
+
+    # Before any parameter is cast, so that a refused cast leaves the model as it was.
+    def _apply(self, fn, recurse=True):
+        first = next(self._fp8_modules(), None)
+        if first is not None:
+            refuse_cast(fn, next(first.parameters(recurse=False)).device)
+        return super()._apply(fn, recurse)
+
+    def half(self, *args):
+        """As in `torch`; a model with FP8 weights says why not."""
+        return nn.Module.half(self)
+
+    def float(self, *args):
+        """As in `torch`; a model with FP8 weights says why not."""
+        return nn.Module.float(self)
+
     # --- loading ----------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """Loads an upstream, native or own checkpoint. Arguments are those of Transformers.
 
-        FP8 and INT4 checkpoints are dequantised to the requested dtype, tensor by tensor. A `quantization_config` of
-        another method then quantises them anew; one of method compressed-tensors keeps INT4 weights packed, through
-        Transformers' own integration.
+        FP8 weights stay FP8; `dtype` is that of everything else. INT4 weights are dequantised to it, and so are FP8
+        ones with `dequantize=True` (here or in a `FineGrainedFP8Config`). A `FineGrainedFP8Config` for a checkpoint
+        that is not FP8 quantises it on load. A `quantization_config` of another method quantises decoded weights; one
+        of method compressed-tensors keeps INT4 weights packed, through Transformers' own integration.
 
         Raises:
             CheckpointError: (an `OSError` and a `ValueError`) for missing, truncated or foreign files, pickles,
@@ -114,8 +251,16 @@ class MoePreTrainedModel(PreTrainedModel):
             if not isinstance(config, PreTrainedConfig) and not os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
                 config, kwargs = _read_config(cls, path if config is None else config, kwargs)
         if isinstance(config, PreTrainedConfig):
-            config, quantization_config = _split_quantization(config, kwargs.pop("quantization_config", None))
-            config.load_options["check_names"] = kwargs.get("key_mapping") is None
+            config = cls.own_config(config)
+            config, quantization_config = _split_quantization(
+                config, kwargs.pop("quantization_config", None), kwargs.pop("dequantize", False)
+            )
+            config.load_options.update(
+                source=path,
+                check_names=kwargs.get("key_mapping") is None,
+                key_mapping=kwargs.get("key_mapping"),
+                ignore_mismatched_sizes=kwargs.get("ignore_mismatched_sizes", False),
+            )
             if quantization_config is not None:
                 kwargs["quantization_config"] = quantization_config
         return super().from_pretrained(path, *model_args, config=config, **kwargs)
@@ -124,17 +269,22 @@ class MoePreTrainedModel(PreTrainedModel):
     # when its signature changes.
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
-        options = model.config.__dict__.pop("load_options", None) or {"decoding": None, "check_names": True}
-        in_quantized_form = getattr(load_config.hf_quantizer, "pre_quantized", False)
-        if state_dict is None and checkpoint_files and not in_quantized_form:
-            tensors = plain_tensors(open_files(checkpoint_files), options["decoding"])
-            if options["check_names"]:
-                _fit_model(model, tensors, load_config)
+        options = model.config.__dict__.pop("load_options", None) or {**_LOAD_OPTIONS}
+        quantizer = load_config.hf_quantizer
+        if state_dict is None and checkpoint_files and not getattr(quantizer, "pre_quantized", False):
+            tensors = quantizer.tensors if isinstance(quantizer, BlockFp8Quantizer) else None
+            if tensors is None:
+                tensors = _read_checkpoint(model, checkpoint_files, options)
+            _extend_device_map(model, load_config.device_map)
             to_disk = "disk" in (load_config.device_map or {}).values()
-            if options["decoding"] is not None or not (to_disk or is_deepspeed_zero3_enabled()):
+            as_stored = all(isinstance(tensor, LazyTensor) for tensor in tensors.values())
+            if options.get("renamed") or not as_stored or not (to_disk or is_deepspeed_zero3_enabled()):
                 # Offloading to disk refers to plain files where they lie, and ZeRO-3 reads them itself.
                 state_dict, checkpoint_files = defer_experts(tensors), None
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        info = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        for table, weight in options.get("host_weights", {}).items():  # to the loader they are no tensors of the model
+            table.weight = weight
+        return info
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -151,13 +301,23 @@ class MoePreTrainedModel(PreTrainedModel):
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **arguments)
         if state_dict is None and kwargs.get("save_original_format", True):
             arguments["state_dict"] = self._state_dict_with_duplicates()
+        quantizer = getattr(self, "hf_quantizer", None)
+        if isinstance(quantizer, BlockFp8Quantizer):
+            quantizer.state_dict_to_save = arguments["state_dict"]
+            try:
+                return self._save_replacing(save_directory, is_main_process, push_to_hub, arguments)
+            finally:
+                quantizer.state_dict_to_save = None
+        return self._save_replacing(save_directory, is_main_process, push_to_hub, arguments)
+
+    def _save_replacing(self, save_directory, is_main_process: bool, push_to_hub: bool, arguments: dict[str, Any]):
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if push_to_hub or distributed or not is_main_process or os.path.isfile(save_directory):
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **arguments)
         os.makedirs(save_directory, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=save_directory, prefix=".saving-") as staging:
             super().save_pretrained(staging, **arguments)
-            _replace_files(Path(staging), Path(save_directory), kwargs.get("variant"))
+            _replace_files(Path(staging), Path(save_directory), arguments.get("variant"))
 
     def _state_dict_with_duplicates(self) -> dict[str, torch.Tensor]:
         state_dict = self.state_dict()
@@ -177,32 +337,124 @@ def _read_config(cls, path, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, d
     return config, {**hub_arguments, **left, **own}
 
 
-def _split_quantization(config: PreTrainedConfig, requested: Any) -> tuple[PreTrainedConfig, Any]:
-    """Takes the stored format out of the configuration where we decode it, and settles what was requested instead."""
+def _split_quantization(
+    config: PreTrainedConfig, requested: Any, dequantize: bool = False
+) -> tuple[PreTrainedConfig, Any]:
+    """Takes the stored format out of the configuration where we read it, and settles what is done about it.
+
+    Returns the configuration with `load_options`, and the `quantization_config` for Transformers.
+    """
     config = copy.deepcopy(config)
-    config.load_options = {"decoding": None}
-    stored = getattr(config, "quantization_config", None)
+    config.load_options = {**_LOAD_OPTIONS}
+    holder = config
+    if getattr(config, "quantization_config", None) is None and "text_config" in config.sub_configs:
+        holder = config.get_text_config()
+    stored = getattr(holder, "quantization_config", None)
     method = getattr(requested, "quant_method", None) or (requested or {}).get("quant_method")
     method = getattr(method, "value", method)
-    if stored is None or method == "compressed-tensors":
+    decoding = None if stored is None or method == "compressed-tensors" else read_quantization_config(stored)
+    config.load_options["decoding"] = decoding
+    if decoding is not None:
+        del holder.quantization_config
+    elif stored is not None:
         return config, requested
-    config.load_options["decoding"] = read_quantization_config(stored)
-    if config.load_options["decoding"] is None:
+    if method not in (None, "fp8"):
         return config, requested
-    del config.quantization_config
+    asked = requested.get("dequantize") if isinstance(requested, dict) else getattr(requested, "dequantize", False)
+    if dequantize or asked:
+        return config, None
+    if decoding is not None and decoding["quant_method"] == "fp8":
+        stored = stored if isinstance(stored, dict) else stored.to_dict()
+        return config, BlockFp8Config(stored, in_text_config=holder is not config)
     if method == "fp8":
-        if not getattr(requested, "dequantize", False):
-            raise ValueError("Weights cannot stay FP8 in memory yet: leave `quantization_config` out to dequantise.")
-        requested = None
-    return config, requested
+        return config, BlockFp8Config(upstream_fp8_config(requested), on_load=True)
+    return config, None
 
 
-def _fit_model(model: MoePreTrainedModel, tensors: dict[str, Any], load_config) -> None:
+def _on_load(name: str, tensor: Any, request: BlockFp8Config) -> Any:
+    """The tensor as one that is quantised on load, where it may be a weight at all."""
+    if len(tensor.get_shape()) < 2 or not tensor.dtype.is_floating_point:
+        return tensor
+    parts = 2 if name.endswith("gate_up_proj") else 1
+    return QuantizedOnLoad(name, tensor, request.block_size, request.ue8m0, parts)
+
+
+def _store_fp8(
+    model: MoePreTrainedModel,
+    tensors: dict[str, Any],
+    request: BlockFp8Config,
+    key_mapping: dict[str, str] | None,
+    skipped: Collection[str] | None,
+) -> dict[str, Any]:
+    """Gives FP8 weights to the modules whose every tensor in `tensors` is FP8 or is to be.
+
+    `skipped` names modules that stay as they are, beside those of the family; `None` if the files decide.
+
+    Returns the entries to replace: two for each weight, its values and its scales.
+
+    Raises:
+        CheckpointError: if the parts of one parameter differ in what they are.
+    """
+    conversions = get_model_conversion_mapping(model, key_mapping)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    parameters, modules = model.state_dict(), dict(model.named_modules())
+    found: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        stem, _, parameter = target.rpartition(".")
+        module = modules.get(stem)
+        if isinstance(module, Fp8Module) and parameter in module.fp8_parts:
+            ends = () if skipped is None else (*model._fp8_modules_to_not_convert, *skipped)
+            if not any(stem == end or stem.endswith(f".{end}") for end in ends):
+                found.setdefault(stem, {})[name] = tensor
+    output: dict[str, Any] = {}
+    for stem, group in found.items():
+        pairs = {name: tensor.stored() for name, tensor in group.items() if isinstance(tensor, _FP8_TENSORS)}
+        if not pairs:
+            continue
+        odd = next((name for name in group if name not in pairs), None)
+        dtypes = {scale.dtype for _, scale in pairs.values()}
+        if odd is not None or len(dtypes) > 1:
+            problem = f"tensor {odd} is not FP8" if odd else f"scales are of {len(dtypes)} dtypes"
+            raise CheckpointError(f"Module {stem} has FP8 weights, but its {problem}: load with `dequantize=True`.")
+        modules[stem].store_fp8(Fp8Format(request.block_size, request.ue8m0, request.dynamic), dtypes.pop())
+        for name, (values, scales) in pairs.items():
+            output[name], output[name + SCALE_SUFFIX] = values, scales
+    return output
+
+
+def _read_checkpoint(model: MoePreTrainedModel, files: list[str], options: dict[str, Any]) -> dict[str, Any]:
+    """The tensors to load, by upstream name, checked against the empty model, which is fitted to them."""
+    tensors = plain_tensors(open_files(files), options["decoding"])
+    if options["check_names"]:
+        stored, tensors = tensors, model.own_tensors(tensors)
+        options["renamed"] = tensors is not stored
+        model.adapt_to_checkpoint({_stem(name): tuple(tensor.get_shape()) for name, tensor in tensors.items()})
+        options["host_weights"] = _take_host_tables(model, tensors, options)
+        _fit_model(model, tensors, options)
+    return tensors
+
+
+def _take_host_tables(model: MoePreTrainedModel, tensors: dict[str, Any], options) -> dict[nn.Module, torch.Tensor]:
+    """Reads or maps the tensors of host tables, and takes them out of what is left to load."""
+    names, weights = {_stem(name): name for name in tensors}, {}
+    for stem, table in model.host_tables().items():
+        if stem not in names:
+            raise CheckpointError(f"{options['source'] or 'The checkpoint'}: tensor model.{stem} is missing.")
+        _check_shape(names[stem], tensors, table.shape, options)
+        entry = tensors.pop(names[stem]).entry
+        weights[table] = entry.map() if table.on_disk else entry.read()
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {re.escape(stem)}
+    return weights
+
+
+def _fit_model(model: MoePreTrainedModel, tensors: dict[str, Any], options: dict[str, Any]) -> None:
     """Checks a checkpoint against the empty model, and gives the model the MTP layers that the checkpoint holds."""
-    names = {_stem(name): name for name in tensors}
+    names = {model.checkpoint_stem(name): name for name in tensors}
     count = model.count_mtp_layers(set(names))
     model.resize_mtp_layers(count)
-    _extend_device_map(model, load_config.device_map)
     for duplicate, original in model.mtp_duplicates().items():
         duplicate, original = names.get(_stem(duplicate)), names.get(_stem(original))
         if duplicate is None:
@@ -212,31 +464,31 @@ def _fit_model(model: MoePreTrainedModel, tensors: dict[str, Any], load_config) 
     shared = {re.escape(_stem(duplicate)) for duplicate in model.mtp_duplicates()}
     model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | shared
 
-    num_experts, missing = model.config.n_routed_experts, []
+    num_experts, missing = model.config.get_text_config().n_routed_experts, []
     for name in names.values():
         if (expert_index(name) or 0) >= num_experts:
             raise CheckpointError(
-                f"The checkpoint has {name}, but config.json says `n_routed_experts={num_experts}`: one is wrong."
+                f"The checkpoint has {name}, but config.json says `{model.experts_key}={num_experts}`: one is wrong."
             )
     for parameter, tensor in model.state_dict().items():
-        stem = _stem(parameter)
-        parts = list(upstream_parts(stem, num_experts))
+        stem = model.checkpoint_stem(parameter)
+        parts = model.upstream_parts(stem, tuple(tensor.shape))
         if not parts or stem in names:  # not an expert, or already fused
-            _check_shape(names.get(stem), tensors, tuple(tensor.shape), load_config)
+            _check_shape(names.get(stem), tensors, tuple(tensor.shape), options)
             if stem not in names and model.is_mtp_tensor(stem):
                 missing.append(stem)
             continue
-        for part, share in parts:
+        for part, shape in parts:
             if part not in names:
                 missing.append(part)
             else:
-                _check_shape(names[part], tensors, (tensor.shape[1] // share, tensor.shape[2]), load_config)
+                _check_shape(names[part], tensors, shape, options)
     if missing:
-        source = load_config.pretrained_model_name_or_path or "The checkpoint"
+        source = options["source"] or "The checkpoint"
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
             f"{source}: tensor model.{missing[0]}{more} missing. They would be newly initialised; complete the "
-            f"checkpoint, or correct config.json (`n_routed_experts={num_experts}`)."
+            f"checkpoint, or correct config.json (`{model.experts_key}={num_experts}`)."
         )
 
 
@@ -251,8 +503,8 @@ def _stem(name: str) -> str:
     return name.removeprefix("model.")
 
 
-def _check_shape(name: str | None, tensors: dict[str, Any], expected: tuple[int, ...], load_config) -> None:
-    if name is None or load_config.ignore_mismatched_sizes:
+def _check_shape(name: str | None, tensors: dict[str, Any], expected: tuple[int, ...], options) -> None:
+    if name is None or options["ignore_mismatched_sizes"]:
         return
     shape = tuple(tensors[name].get_shape())
     if shape != expected:
@@ -272,6 +524,8 @@ def _extend_device_map(model: MoePreTrainedModel, device_map: dict | None) -> No
         stem, index = last.rsplit(".", 1)
         for layer in range(int(index) + 1, len(model.base_model.layers)):
             device_map[f"{stem}.{layer}"] = device_map[last]
+        if getattr(model.base_model, "mtp", None) is not None:  # LongCat's stand in a module of their own
+            device_map.setdefault(stem.removesuffix("layers") + "mtp", device_map[last])
 
 
 def _replace_files(staging: Path, target: Path, variant: str | None) -> None:

@@ -77,8 +77,15 @@ class CausalLMMixin:
     """`run_with_head` for a model with `self.model` and `self.lm_head`.
 
     A family with MTP layers overrides `num_mtp_depths` and `mtp_states`, and has `mtp_loss_weight` in its
-    configuration.
+    configuration. One whose model returns more has output classes of its own, and says in `extra_outputs` what.
     """
+
+    output_class = MTPCausalLMOutputWithPast
+    deferred_output_class = DeferredCausalLMOutput
+
+    def extra_outputs(self, outputs) -> dict[str, Any]:
+        """What of the decoder's outputs a family passes on besides the usual."""
+        return {}
 
     def num_mtp_depths(self) -> int:
         """How many tensors `mtp_states` returns."""
@@ -133,13 +140,14 @@ class CausalLMMixin:
                 mtp = []
             main_loss, mtp_loss = losses(hidden_states, logits, mtp, labels, inputs, loss_arguments)
             result |= self._sum_losses(main_loss, mtp_loss)
-        output_class = DeferredCausalLMOutput if defer else MTPCausalLMOutputWithPast
+        output_class = self.deferred_output_class if defer else self.output_class
         return output_class(
             logits=None if skip_logits else logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=getattr(outputs, "router_logits", None),
+            **self.extra_outputs(outputs),
             **result,
         )
 
@@ -175,7 +183,7 @@ class CausalLMMixin:
         for depth, (states, head) in enumerate(mtp):
             groups.append((head, states, mtp_targets(following, depth, joints, inputs.get("attention_mask"))))
         ready = logits if isinstance(logits, torch.Tensor) and logits.shape[1] == hidden_states.shape[1] else None
-        sums, counts = _sums_by_group(groups, ready, self.config.vocab_size)
+        sums, counts = _sums_by_group(groups, ready, self.config.get_text_config().vocab_size)
         if num_items is not None:
             num_items = num_items.to(sums[0].device) if isinstance(num_items, torch.Tensor) else num_items
             main_loss, *mtp_loss = (total / num_items for total in sums)
@@ -186,7 +194,7 @@ class CausalLMMixin:
 
     def _custom_losses(self, hidden_states, logits, mtp, labels, inputs, loss_arguments):
         """The same from logits, by the function that the user set: it is handed labels, and shifts them itself."""
-        arguments = {"vocab_size": self.config.vocab_size, **loss_arguments}
+        arguments = {"vocab_size": self.config.get_text_config().vocab_size, **loss_arguments}
         arguments.pop("kept", None)
         main_loss = self.loss_function(logits=logits, labels=labels, **arguments)
         if not mtp:

@@ -7,7 +7,6 @@ the indices that upstream gives them, and take no part in the main forward pass.
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -23,21 +22,14 @@ from .layer_cache import adopt_growing_layers
 from .layer_dense import GatedMLP, RMSNorm
 from .layer_experts import MoE
 from .layer_head import LMHead
-from .layer_mla import LatentAttention, absorbed_is_cheaper
+from .layer_mla import LatentAttention
 from .layer_mtp import MTPMixin
 from .layer_rope import RotaryEmbedding
 from .layer_router import TopkRouter
 from .modeling_base import MoePreTrainedModel
 from .modeling_causal_lm import CausalLMMixin, MTPCausalLMOutputWithPast, shorten
+from .modeling_decoder import LatentDecoderMixin
 from .weights_experts import register_expert_converters
-
-
-class _BooleanMaskConfig:
-    """What `create_causal_mask` reads of a configuration, asking for boolean masks."""
-
-    def __init__(self, is_causal: bool):
-        self._attn_implementation = "sdpa"
-        self.is_causal = is_causal
 
 
 class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
@@ -134,7 +126,7 @@ class DeepseekV3PreTrainedModel(MoePreTrainedModel):
                 layer.shared_head.head = LMHead(hidden_size, vocab_size, bias=False, dtype=self.dtype)
 
 
-class DeepseekV3Model(DeepseekV3PreTrainedModel):
+class DeepseekV3Model(LatentDecoderMixin, DeepseekV3PreTrainedModel):
     """The decoder without a head. `forward` takes and returns what Transformers' decoders do."""
 
     def __init__(self, config: DeepseekV3Config):
@@ -239,47 +231,6 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             past_key_values=past_key_values,
             absorbed=absorbed,
             **kwargs,
-        )
-
-    def _check_token_ids(self, input_ids: torch.LongTensor) -> None:
-        # On an accelerator the check waits for the device: there only prompts are checked, not training or decoding.
-        on_cpu = input_ids.device.type == "cpu"
-        is_prompt = input_ids.shape[-1] > 1 and not self.training
-        if torch.compiler.is_compiling() or input_ids.device.type == "meta" or input_ids.numel() == 0:
-            return
-        capturing = input_ids.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if on_cpu or (is_prompt and not capturing):
-            low, high = (bound.item() for bound in input_ids.aminmax())
-            if low < 0 or high >= self.embed_tokens.num_embeddings:
-                raise IndexError(
-                    f"`input_ids` holds token ids from {low} to {high}, but the vocabulary has "
-                    f"{self.embed_tokens.num_embeddings} entries. Is this the tokenizer of this model?"
-                )
-
-    def _choose_order(self, inputs_embeds, attention_mask, past_key_values) -> bool:
-        """Whether this call evaluates attention in the absorbed order."""
-        if self.config.mla_mode != "auto":
-            return self.config.mla_mode == "absorbed"
-        if past_key_values is None or not (attention_mask is None or isinstance(attention_mask, torch.Tensor)):
-            return False  # nothing cached to spare, or a block mask, which only the attention interface reads
-        num_queries = inputs_embeds.shape[1]
-        context, _ = past_key_values.get_mask_sizes(num_queries, 0)
-        return absorbed_is_cheaper(self.config, num_queries, context)
-
-    def _make_mask(self, inputs_embeds, attention_mask, past_key_values, position_ids, absorbed: bool):
-        """The mask in the form that the evaluation order reads."""
-        config = self.config
-        if absorbed:
-            # Absorbed attention reads boolean masks, whatever the attention implementation of the expanded order is.
-            config = _BooleanMaskConfig(getattr(config, "is_causal", True))
-        return create_causal_mask(
-            config=config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            # Only a single query may go without a mask: it sees all there is.
-            **({"allow_is_causal_skip": inputs_embeds.shape[1] == 1} if absorbed else {}),
         )
 
 

@@ -1,4 +1,4 @@
-"""The two products of absorbed attention against a latent cache, with the CPU form that reads the cache fast.
+"""Absorbed attention against a latent cache: whole by a kernel on GPUs, and its two products for everything else.
 
 PyTorch's batched bfloat16 product copies its operands on the CPU, here the whole cache, and the plain one leaves
 bandwidth unused when the rows are few. A long cache is therefore taken as a batch of `_SPLITS` pieces: measured with 16
@@ -9,9 +9,57 @@ Shapes: B batch, M rows (queries x heads), T context, r latent width.
 
 import torch
 
+from .kernel_mla import mla_decode
+from .triton_compat import runs_kernels
+
 _SPLITS = 4
 _SPLIT_MIN_CONTEXT = 2048
 _SPLIT_MAX_ROWS = 64
+
+
+def decodes_on_kernels(query: torch.Tensor, latent: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether `latent_decode` can take these: 16-bit tensors on a GPU, without gradient, and no or a boolean mask."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or latent.dtype != query.dtype:
+        return False
+    with_grad = torch.is_grad_enabled() and (query.requires_grad or latent.requires_grad)
+    one_for_all_heads = mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1)
+    return one_for_all_heads and not with_grad and runs_kernels(query.device)
+
+
+def latent_decode(
+    query: torch.Tensor,
+    query_rope: torch.Tensor,
+    latent: torch.Tensor,
+    key_rope: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Attended latents (B, S, h, r) of queries (B, S, h, r) and (B, S, h, p), by the kernel.
+
+    Args:
+        latent: (B, 1, T, r).
+        key_rope: (B, 1, T, p).
+        mask: boolean (B or 1, 1, S or 1, T) or `None`.
+    """
+    arguments = query, query_rope, latent.squeeze(1), key_rope.squeeze(1), None if mask is None else mask.squeeze(1)
+    return (_mla_decode_op if torch.compiler.is_compiling() else mla_decode)(*arguments, scaling)
+
+
+@torch.library.custom_op("hf_moe::mla_decode", mutates_args=())
+def _mla_decode_op(
+    query: torch.Tensor,
+    query_rope: torch.Tensor,
+    latent: torch.Tensor,
+    key_rope: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    return mla_decode(query, query_rope, latent, key_rope, mask, scaling)
+
+
+@_mla_decode_op.register_fake
+def _(query, query_rope, latent, key_rope, mask, scaling):
+    return query.new_empty(query.shape)
 
 
 def latent_scores(queries: torch.Tensor, latent: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:

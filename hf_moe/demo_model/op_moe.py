@@ -6,11 +6,14 @@ picks per call from device, dtype and token count. The readable definition is `E
 Shapes: T tokens, K choices per token, E experts, H hidden, I intermediate, N = T * K routed rows.
 """
 
+from dataclasses import dataclass
+
 import torch
-from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .op_experts import experts_on_kernels, why_not_kernels
+from .op_fp8 import Fp8Format, fp8_linear
 from .op_linear import linear
 
 BACKEND_NAME = "hf_moe"
@@ -21,6 +24,23 @@ _BATCHED_ROWS = 32
 _FEW_TOKENS = 8
 
 
+@dataclass(frozen=True)
+class Fp8Experts:
+    """What FP8 experts have beside their stacks.
+
+    Attributes:
+        gate_up_scale: (E, 2 ceil(I / rows), ceil(H / cols)), the gate's first.
+        down_scale: (E, ceil(H / rows), ceil(I / cols)).
+        format: block size and kind of scales.
+        quantize: whether activations are quantised before each product.
+    """
+
+    gate_up_scale: torch.Tensor
+    down_scale: torch.Tensor
+    format: Fp8Format
+    quantize: bool = False
+
+
 def experts_cpu(
     hidden_states: torch.Tensor,
     topk_indices: torch.Tensor,
@@ -28,8 +48,10 @@ def experts_cpu(
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
     act_fn,
+    fp8: "Fp8Experts | None" = None,
 ) -> torch.Tensor:
-    """Routed experts on the CPU: each touched expert's weights are read once, none are copied.
+    """Routed experts on the CPU: each touched expert's weights are read once, none are copied; FP8 ones are decoded
+    piece by piece.
 
     Args:
         hidden_states: (T, H).
@@ -38,6 +60,7 @@ def experts_cpu(
         gate_up_proj: (E, 2I, H), gate rows first.
         down_proj: (E, H, I).
         act_fn: activation of the gate half.
+        fp8: scales and format of FP8 weights; they are frozen.
 
     Returns (T, H) in the dtype of `hidden_states`; the weighted sum over choices is taken in float32.
     """
@@ -46,7 +69,7 @@ def experts_cpu(
     inputs = (hidden_states, topk_weights, gate_up_proj, down_proj)
     with_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     if num_tokens <= _FEW_TOKENS and not with_grad:
-        return _experts_few_tokens(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn)
+        return _experts_few_tokens(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn, fp8)
     if torch.is_grad_enabled() and (gate_up_proj.requires_grad or down_proj.requires_grad):
         # Indexing would give every touched expert a gradient of the size of the whole stack.
         gate_up, down = gate_up_proj.unbind(0), down_proj.unbind(0)
@@ -63,17 +86,28 @@ def experts_cpu(
         if count == 0:
             continue
         token = tokens[start : start + count]
-        gate, up = linear(hidden_states.index_select(0, token), gate_up[expert]).chunk(2, dim=-1)  # (count, I) each
-        rows = linear(act_fn(gate) * up, down[expert])  # (count, H)
+        rows = _expert(hidden_states.index_select(0, token), gate_up, down, expert, act_fn, fp8)  # (count, H)
         output.index_add_(0, token, (rows * weights[start : start + count]).to(output.dtype))
         start += count
     if start == 0:  # no row has its expert here: an empty product keeps the gradient path
-        gate, up = F.linear(hidden_states[:0], gate_up[0]).chunk(2, dim=-1)
-        output = output + F.linear(act_fn(gate) * up, down[0]).sum()
+        output = output + _expert(hidden_states[:0], gate_up, down, 0, act_fn, fp8).sum()
     return output.to(hidden_states.dtype)
 
 
-def _experts_few_tokens(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn) -> torch.Tensor:
+def _expert(rows, gate_up, down, expert: int, act_fn, fp8: "Fp8Experts | None") -> torch.Tensor:
+    """One expert on (count, H) rows: (count, H), not yet weighted."""
+    if fp8 is None:
+        gate, up = linear(rows, gate_up[expert]).chunk(2, dim=-1)  # (count, I) each
+        return linear(act_fn(gate) * up, down[expert])
+    gate_up_scale, down_scale = fp8.gate_up_scale[expert], fp8.down_scale[expert]
+    gate_up = fp8_linear(rows, gate_up[expert], gate_up_scale, fp8.format, parts=2, quantize=fp8.quantize)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return fp8_linear(act_fn(gate) * up, down[expert], down_scale, fp8.format, quantize=fp8.quantize)
+
+
+def _experts_few_tokens(
+    hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn, fp8: "Fp8Experts | None"
+) -> torch.Tensor:
     """`experts_cpu` for few tokens without gradients, where every call into PyTorch counts: sorted by plain Python,
     gathered and summed by one call each."""
     top_k = topk_indices.shape[1]
@@ -87,14 +121,13 @@ def _experts_few_tokens(hidden_states, topk_indices, topk_weights, gate_up_proj,
     order = [place for rows in places.values() for place in rows]
     rows = hidden_states
     if hidden_states.shape[0] > 1:
-        rows = hidden_states.index_select(0, torch.tensor([place // top_k for place in order]))
+        rows = hidden_states.index_select(0, torch.tensor([place // top_k for place in order], device=rows.device))
         pieces = rows.split([len(rows) for rows in places.values()])
     else:
         pieces = [hidden_states] * len(places)
     outputs = []
     for expert, piece in zip(places, pieces):
-        gate, up = linear(piece, gate_up_proj[expert]).chunk(2, dim=-1)  # (count, I) each
-        outputs.append(linear(act_fn(gate) * up, down_proj[expert]))
+        outputs.append(_expert(piece, gate_up_proj, down_proj, expert, act_fn, fp8))
     wide = torch.promote_types(hidden_states.dtype, torch.float32)
     outputs = torch.cat(outputs).to(wide)  # (N, H), by expert
     # A (T, N) matrix of weights, whose zeros leave out what belongs to other tokens.
@@ -102,7 +135,7 @@ def _experts_few_tokens(hidden_states, topk_indices, topk_weights, gate_up_proj,
     combine = [[0.0] * len(order) for _ in range(hidden_states.shape[0])]
     for column, place in enumerate(order):
         combine[place // top_k][column] = weights[place]
-    combine = torch.tensor(combine, dtype=wide)
+    combine = outputs.new_tensor(combine)
     return (combine @ outputs).to(hidden_states.dtype)
 
 
@@ -121,12 +154,21 @@ def _experts_cpu_op(
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
     hidden_act: str,
+    gate_up_scale: torch.Tensor | None,
+    down_scale: torch.Tensor | None,
+    block_size: list[int],
+    quantize: bool,
+    ue8m0: bool,
 ) -> torch.Tensor:
-    return experts_cpu(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, ACT2FN[hidden_act])
+    fp8 = None
+    if gate_up_scale is not None:
+        fp8 = Fp8Experts(gate_up_scale, down_scale, Fp8Format(tuple(block_size), ue8m0), quantize)
+    act_fn = ACT2FN[hidden_act]
+    return experts_cpu(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn, fp8)
 
 
 @_experts_cpu_op.register_fake
-def _(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, hidden_act):
+def _(hidden_states, *args):
     return torch.empty_like(hidden_states)
 
 
@@ -150,8 +192,13 @@ def experts_forward(
     """The `"hf_moe"` backend of the experts interface: gated experts in the concatenated layout.
 
     `experts` holds `gate_up_proj` (E, 2I, H), `down_proj` (E, H, I) and `act_fn`; the other arguments and the result
-    are those of `experts_cpu`. Experts of another layout (transposed, biased, ungated) go to `grouped_mm`.
+    are those of `experts_cpu`. On CUDA they run on the kernels of `op_experts` if these can compute them; else, and for
+    experts of another layout (transposed, biased, ungated), in `grouped_mm` or `batched_mm`.
     """
+    if hidden_states.is_cuda and why_not_kernels(experts, hidden_states.device) is None:
+        return experts_on_kernels(experts, hidden_states, topk_indices, topk_weights)
+    if getattr(experts, "fp8", None) is not None:
+        return _fp8_experts_forward(experts, hidden_states, topk_indices, topk_weights)
     plain = experts.has_gate and not experts.has_bias and not experts.is_transposed
     compiling = torch.compiler.is_compiling()
     with_grad = torch.is_grad_enabled() and (hidden_states.requires_grad or experts.down_proj.requires_grad)
@@ -163,18 +210,31 @@ def experts_forward(
     if backend != "cpu":
         return ALL_EXPERTS_FUNCTIONS[backend](experts, hidden_states, topk_indices, topk_weights)
     hidden_states = hidden_states.to(experts.down_proj.dtype)  # autocast leaves a float32 norm output here
+    weights = (experts.gate_up_proj, experts.down_proj)
     if compiling:
-        return _experts_cpu_op(
-            hidden_states,
-            topk_indices,
-            topk_weights,
-            experts.gate_up_proj,
-            experts.down_proj,
-            experts.config.hidden_act,
-        )
-    return experts_cpu(
-        hidden_states, topk_indices, topk_weights, experts.gate_up_proj, experts.down_proj, experts.act_fn
-    )
+        hidden_act = experts.config.hidden_act
+        no_fp8 = (None, None, [], False, False)
+        return _experts_cpu_op(hidden_states, topk_indices, topk_weights, *weights, hidden_act, *no_fp8)
+    return experts_cpu(hidden_states, topk_indices, topk_weights, *weights, experts.act_fn)
+
+
+def _fp8_experts_forward(experts, hidden_states, topk_indices, topk_weights) -> torch.Tensor:
+    weights = (experts.gate_up_proj, experts.down_proj)
+    scales = (experts.gate_up_proj_scale_inv, experts.down_proj_scale_inv)
+    quantize = experts.quantizes(hidden_states)
+    if not torch.compiler.is_compiling():
+        fp8 = Fp8Experts(*scales, experts.fp8, quantize)
+        return experts_cpu(hidden_states, topk_indices, topk_weights, *weights, experts.act_fn, fp8)
+    if torch.is_grad_enabled() and hidden_states.requires_grad:
+        fp8 = Fp8Experts(*scales, experts.fp8, quantize)
+        return _experts_uncompiled(hidden_states, topk_indices, topk_weights, *weights, experts.act_fn, fp8)
+    form = (list(experts.fp8.block_size), quantize, experts.fp8.ue8m0)
+    hidden_act = experts.config.hidden_act
+    return _experts_cpu_op(hidden_states, topk_indices, topk_weights, *weights, hidden_act, *scales, *form)
+
+
+# Training under torch.compile: the graph breaks here, since the loop depends on the routing.
+_experts_uncompiled = torch.compiler.disable(experts_cpu)
 
 
 ALL_EXPERTS_FUNCTIONS.register(BACKEND_NAME, experts_forward)

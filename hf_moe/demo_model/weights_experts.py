@@ -2,11 +2,12 @@
 
 Upstream: `mlp.experts.{e}.gate_proj.weight` (I, H), `.up_proj.weight` (I, H), `.down_proj.weight` (H, I).
 In memory: `mlp.experts.gate_up_proj` (E, 2I, H), gate rows first, and `mlp.experts.down_proj` (E, H, I).
+Scales of block FP8 weights, `<weight>_scale_inv` upstream, are stacked in the same way under `<parameter>_scale_inv`.
 """
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,7 +23,11 @@ FUSED_EXPERTS = {
     "mlp.experts.down_proj": ("mlp.experts.{e}.down_proj.weight",),
 }
 
-_EXPERT_PART = re.compile(r"mlp\.experts\.(\d+)\.(?:gate|up|down)_proj\.weight$")
+SCALE_SUFFIX = "_scale_inv"
+
+_EXPERT_PART = re.compile(r"mlp\.experts\.(\d+)\.(?:gate|up|down)_proj\.weight(?:_scale_inv)?$")
+# All experts of a layer in one tensor, as in Step3.
+_EXPERT_STACK = re.compile(r"\.moe\.(?:gate|up|down)_proj\.weight(?:_scale_inv)?$")
 _READERS = min(4, os.cpu_count() or 1)
 
 
@@ -76,11 +81,25 @@ class UnstackExperts(ConversionOps):
 
 
 def expert_converters() -> list[WeightConverter]:
-    """The two converters, as Transformers' loader takes them."""
-    return [
+    """The converters of weights and scales, as Transformers' loader takes them."""
+    return with_scale_converters(
         WeightConverter([part.replace("{e}", "*") for part in parts], target, operations=[StackExperts()])
         for target, parts in FUSED_EXPERTS.items()
-    ]
+    )
+
+
+def with_scale_converters(converters: Iterable[WeightConverter]) -> list[WeightConverter]:
+    """The same converters and, for each, one that treats the scales of FP8 weights alike.
+
+    For converters whose every source ends in `weight`. Those of scales come first: older Transformers take a pattern
+    for a match where it is only the beginning of a name.
+    """
+    output = []
+    for converter in converters:
+        sources = [pattern + SCALE_SUFFIX for pattern in converter.source_patterns]
+        targets = [pattern + SCALE_SUFFIX for pattern in converter.target_patterns]
+        output += [WeightConverter(sources, targets, operations=list(converter.operations)), converter]
+    return output
 
 
 def register_expert_converters(*class_names: str) -> None:
@@ -104,7 +123,10 @@ def upstream_parts(parameter: str, num_experts: int) -> Iterator[tuple[str, int]
 
 def defer_experts(tensors: dict[str, Any]) -> dict[str, Any]:
     """The same tensors, those of experts as notes that `StackExperts` reads into place."""
-    return {name: DeferredTensor(tensor) if _EXPERT_PART.search(name) else tensor for name, tensor in tensors.items()}
+    return {
+        name: DeferredTensor(tensor) if _EXPERT_PART.search(name) or _EXPERT_STACK.search(name) else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def expert_index(name: str) -> int | None:

@@ -4,12 +4,12 @@ A quantised matrix is two or three tensors in the file. `plain_tensors` shows it
 object with the interface of a safetensors slice, so that loading, sharding and casting go on as for a plain file.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from .op_quant import dequantize_block_fp8, dequantize_packed_int4
+from .op_quant import FP8, block_grid, dequantize_block_fp8, dequantize_packed_int4, quantize_block_fp8
 from .weights_safetensors import CheckpointError, TensorEntry
 
 
@@ -29,6 +29,11 @@ class LazyTensor:
     def __getitem__(self, index) -> torch.Tensor:
         return self.entry.read()[index]
 
+    def unbind(self, dim: int = 0) -> list["LazyTensor"]:
+        """The slices along the first dimension, unread."""
+        assert dim == 0
+        return [LazyTensor(entry) for entry in self.entry.unbind()]
+
     def read_into(self, target: torch.Tensor) -> None:
         """Fills `target`, of the same shape; directly where dtype and device allow."""
         if target.dtype == self.entry.dtype and target.device.type == "cpu" and target.is_contiguous():
@@ -37,46 +42,112 @@ class LazyTensor:
             target.copy_(self.entry.read())
 
 
-@dataclass(frozen=True)
-class Fp8Weight:
-    """A block FP8 matrix and its scales; indexing decodes the matrix to float32."""
+class DecodedTensor:
+    """Base of tensors that are made from others of the file: float32 unless said otherwise, `decode()` makes them."""
 
-    weight: TensorEntry
-    weight_scale_inv: TensorEntry
-    block_size: tuple[int, int]
     dtype = torch.float32
+    shape: tuple[int, ...]
 
-    def get_shape(self) -> list[int]:
-        return list(self.weight.shape)
-
-    def __getitem__(self, index) -> torch.Tensor:
-        return dequantize_block_fp8(self.weight.read(), self.weight_scale_inv.read(), self.block_size)[index]
-
-    def read_into(self, target: torch.Tensor) -> None:
-        """Decodes into `target`, of the same shape."""
-        target.copy_(self[...])
-
-
-@dataclass(frozen=True)
-class Int4Weight:
-    """A packed INT4 matrix with its scales; indexing decodes the matrix to float32."""
-
-    weight_packed: TensorEntry
-    weight_scale: TensorEntry
-    shape: tuple[int, int]
-    group_size: int
-    dtype = torch.float32
+    def decode(self) -> torch.Tensor:
+        raise NotImplementedError
 
     def get_shape(self) -> list[int]:
         return list(self.shape)
 
     def __getitem__(self, index) -> torch.Tensor:
-        packed, scale = self.weight_packed.read(), self.weight_scale.read()
-        return dequantize_packed_int4(packed, scale, self.shape, self.group_size)[index]
+        return self.decode()[index]
 
     def read_into(self, target: torch.Tensor) -> None:
         """Decodes into `target`, of the same shape."""
-        target.copy_(self[...])
+        target.copy_(self.decode())
+
+
+@dataclass(frozen=True)
+class Fp8Weight(DecodedTensor):
+    """A block FP8 matrix or stack and its scales, which decode to float32; or both as they are, from `stored`."""
+
+    weight: TensorEntry
+    weight_scale_inv: TensorEntry
+    block_size: tuple[int, int]
+    parts: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    def decode(self) -> torch.Tensor:
+        return dequantize_block_fp8(self.weight.read(), self.weight_scale_inv.read(), self.block_size, self.parts)
+
+    def unbind(self, dim: int = 0) -> list["Fp8Weight"]:
+        """The matrices of a stack, unread."""
+        assert dim == 0
+        pairs = zip(self.weight.unbind(), self.weight_scale_inv.unbind())
+        return [Fp8Weight(weight, scale, self.block_size, self.parts) for weight, scale in pairs]
+
+    def stored(self) -> tuple[LazyTensor, LazyTensor]:
+        """The FP8 values and the scales."""
+        return LazyTensor(self.weight), LazyTensor(self.weight_scale_inv)
+
+
+@dataclass(frozen=True)
+class Int4Weight(DecodedTensor):
+    """A packed INT4 matrix with its scales."""
+
+    weight_packed: TensorEntry
+    weight_scale: TensorEntry
+    shape: tuple[int, int]
+    group_size: int
+
+    def decode(self) -> torch.Tensor:
+        return dequantize_packed_int4(self.weight_packed.read(), self.weight_scale.read(), self.shape, self.group_size)
+
+
+@dataclass(frozen=True)
+class QuantizedOnLoad:
+    """A plain tensor that shall become block FP8 while it is read."""
+
+    name: str
+    source: Any
+    block_size: tuple[int, int]
+    ue8m0: bool
+    parts: int = 1
+
+    def get_shape(self) -> list[int]:
+        return self.source.get_shape()
+
+    def stored(self) -> tuple["QuantizedPart", "QuantizedPart"]:
+        """The FP8 values and the scales."""
+        shape = tuple(self.source.get_shape())
+        grid = block_grid(shape, self.block_size, self.parts)
+        return QuantizedPart(self, 0, shape, FP8), QuantizedPart(self, 1, grid, torch.float32)
+
+    def quantize(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reads the tensor and returns its FP8 values and float32 scales."""
+        tensor = self.source[...].to("cpu")
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"Tensor {self.name} holds values that are not finite: it cannot be quantised.")
+        pairs = [quantize_block_fp8(part, self.block_size, self.ue8m0) for part in tensor.chunk(self.parts, dim=-2)]
+        return tuple(torch.cat(parts, dim=-2) if self.parts > 1 else parts[0] for parts in zip(*pairs))
+
+
+@dataclass(frozen=True)
+class QuantizedPart(DecodedTensor):
+    """Values (index 0) or scales (index 1) of a tensor that is quantised while it is read."""
+
+    owner: QuantizedOnLoad
+    index: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def decode(self) -> torch.Tensor:
+        return self.owner.quantize()[self.index]
+
+    def unbind(self, dim: int = 0) -> list["QuantizedPart"]:
+        """The parts of the matrices of a stack, each quantised when it is read."""
+        return [
+            QuantizedPart(replace(self.owner, source=source), self.index, self.shape[1:], self.dtype)
+            for source in self.owner.source.unbind(dim)
+        ]
 
 
 class DeferredTensor:
@@ -102,6 +173,10 @@ class DeferredTensor:
 
     def to(self, device=None, dtype: torch.dtype | None = None) -> "DeferredTensor":
         return DeferredTensor(self.source, device or self.device, dtype or self.dtype)
+
+    def unbind(self, dim: int = 0) -> list["DeferredTensor"]:
+        """Notes of the slices along the first dimension."""
+        return [DeferredTensor(source, self.device, self.dtype) for source in self.source.unbind(dim)]
 
     def new_empty(self, shape: tuple[int, ...]) -> torch.Tensor:
         """An uninitialised tensor where this one shall go."""
@@ -168,13 +243,14 @@ def plain_tensors(entries: dict[str, TensorEntry], quantization: dict[str, Any] 
     tensors: dict[str, Any] = {}
     used: set[str] = set()
     for name, entry in entries.items():
-        if entry.dtype == torch.float8_e4m3fn:
+        if entry.dtype == FP8:
             scale = f"{name}_scale_inv"
+            parts = 2 if name.endswith("gate_up_proj") else 1
             _require(method == "fp8", entry, "is FP8, but config.json has no `quantization_config` of method 'fp8'")
             _require(scale in entries, entry, f"has no scales: {scale} is missing")
-            grid = tuple(-(-size // block) for size, block in zip(entry.shape, quantization["block_size"]))
+            grid = block_grid(entry.shape, quantization["block_size"], parts)
             _require(entries[scale].shape == grid, entries[scale], f"has shape {entries[scale].shape}, not {grid}")
-            tensors[name] = Fp8Weight(entry, entries[scale], quantization["block_size"])
+            tensors[name] = Fp8Weight(entry, entries[scale], quantization["block_size"], parts)
             used.update((name, scale))
         elif name.endswith(".weight_packed"):
             stem = name.removesuffix("_packed")
@@ -185,7 +261,7 @@ def plain_tensors(entries: dict[str, TensorEntry], quantization: dict[str, Any] 
             used.update((name, f"{stem}_scale", f"{stem}_shape"))
     for name, entry in entries.items():
         if name not in used:
-            stray = name.endswith("weight_scale_inv")
+            stray = name.endswith("_scale_inv")
             _require(not stray, entry, f"belongs to no FP8 weight {name.removesuffix('_scale_inv')}")
             tensors[name] = LazyTensor(entry)
     return tensors

@@ -6,9 +6,10 @@ through the library lets every complaint name the file and the tensor, and lets 
 
 import ctypes
 import json
+import mmap
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ class TensorEntry:
 
     def read(self) -> torch.Tensor:
         """Reads the tensor into fresh memory."""
-        tensor = torch.empty(self.shape, dtype=self.dtype)
+        tensor = torch.empty(self.shape, dtype=self.dtype, device="cpu")  # whatever the default device is
         self.read_into(tensor)
         return tensor
 
@@ -74,6 +75,20 @@ class TensorEntry:
                 if not count:
                     raise CheckpointError(f"{self.file.path}: ended inside tensor {self.name}. Download it again.")
                 done += count
+
+    def unbind(self) -> list["TensorEntry"]:
+        """The entries of the slices along the first dimension."""
+        size = (self.end - self.begin) // max(self.shape[0], 1)
+        begins = [self.begin + index * size for index in range(self.shape[0])]
+        return [replace(self, shape=self.shape[1:], begin=begin, end=begin + size) for begin in begins]
+
+    def map(self) -> torch.Tensor:
+        """The tensor as a view of the file: read where and when it is used, never written back."""
+        with open(self.file.path, "rb") as stream:
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        count = (self.end - self.begin) // self.dtype.itemsize
+        offset = self.file.data_offset + self.begin
+        return torch.frombuffer(mapped, dtype=self.dtype, count=count, offset=offset).view(self.shape)
 
     def same_bytes(self, other: "TensorEntry", chunk: int = 1 << 24) -> bool:
         """Whether two tensors are equal in dtype, shape and every byte, read in pieces."""

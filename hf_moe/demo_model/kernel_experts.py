@@ -1,0 +1,682 @@
+"""Triton kernels of the experts' forward products, and the tiles they are launched with.
+
+Two grouped products over the sorted rows of `kernel_routing.Layout`:
+
+* `gate_up_kernel` gathers the tokens of its rows while it loads them, multiplies them with the gate and the up matrix
+  of their expert, and applies SwiGLU before it stores.
+* `rows_kernel`, as the down product, multiplies with the down matrix and the routing weight, and stores each row in the
+  place of its slot, so that the K rows of a token are neighbours. It also serves the low-rank products of LoRA and the
+  gradient of the tokens.
+
+`combine_kernel` then adds the K rows of each token in their order. No two programs write to one place and nothing is
+added atomically: the same inputs give the same bits. The rows in between cost T * K * H elements written and read,
+against 3 * I * H read per touched expert.
+
+One kernel serves both ends of the range. While tokens are few, a product costs the reading of the weights: tiles of 16
+rows, one program per tile, so many bytes in flight. With many tokens it costs the arithmetic: tiles of up to 128 rows,
+as many programs as the device has multiprocessors, each walking over tiles in an order that keeps the operands of
+neighbours in the cache.
+
+Weights may be float8_e4m3fn with one scale per 128 x 128 block (W8A16): they are widened in registers, and the scale is
+applied to the float32 sum over each block of 128 columns. Gate and up are two operands, each with blocks from its own
+first row on: scales are (E, 2 * ceil(I / 128), ceil(H / 128)) and (E, ceil(H / 128), ceil(I / 128)).
+
+Shapes: T tokens, K choices per token, E experts, H hidden, I intermediate, N = T * K slots, R rank of LoRA factors.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .kernel_routing import Layout
+from .triton_compat import (
+    INTERPRETING,
+    cdiv,
+    compute_capability,
+    constant,
+    converts_fp8,
+    dot,
+    e4m3_to_float,
+    jit,
+    narrow,
+    next_power_of_2,
+    num_processors,
+    tl,
+)
+
+# How a kernel reads a weight.
+PLAIN, FP8, FP8_BITS = 0, 1, 2
+_FP8_BITS = constant(FP8_BITS)
+SCALE_BLOCK = 128
+_SCALE_BLOCK = constant(SCALE_BLOCK)
+
+
+class Tile(NamedTuple):
+    """What one program computes at a time: rows x columns of the product in steps of the inner dimension."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    per_processor: int  # programs of a persistent launch on each multiprocessor; 0: one program per tile
+
+
+def tile_rows(num_slots: int, num_experts: int, dtype: torch.dtype) -> int:
+    """Rows of a tile, from the mean number of rows per expert."""
+    mean = num_slots / num_experts
+    if mean <= 16:
+        return 16
+    return 64 if mean <= 64 or dtype == torch.float32 else 128
+
+
+def product_tile(block_m: int, dtype: torch.dtype, weight: int, capability: tuple[int, int]) -> Tile:
+    """The shipped tile for `block_m` rows of `dtype` and a weight that is read as `weight`.
+
+    A program keeps `stages` steps of both operands in shared memory: at most 163 KiB on compute capability 8.0, 99 KiB
+    on 8.6, 8.9 and 12.0, 227 KiB on 9.0 and 10.0.
+    """
+    small_memory = capability in ((8, 6), (8, 9)) or capability[0] == 12
+    if dtype == torch.float32:
+        return Tile(16, 64, 32, 4, 3, 0) if block_m == 16 else Tile(block_m, 64, 32, 8, 3, 2)
+    if block_m == 16:
+        # A step reads 64 weight rows of 256 bytes (128 in FP8); the programs of a multiprocessor keep ~100 KiB coming.
+        return Tile(16, 64, 128, 4, 3 if small_memory else 4, 0)
+    if dtype == torch.float8_e4m3fn:
+        # A step spans a block of scales. On 9.0 the large tile of gate and up keeps two sums, see `product_pair`.
+        stages = 2 if small_memory else 3
+        if block_m == 64:
+            return Tile(64, 128, 128, 4, stages, 2)
+        return Tile(128, 256 if capability[0] == 9 else 128, 128, 8, stages, 1)
+    if weight != PLAIN:
+        return Tile(64, 128, 64, 4, 3, 2) if block_m == 64 else Tile(128, 128, 64, 8, 3, 1)
+    if block_m == 64:
+        return Tile(64, 128, 64, 4, 3, 2)
+    if capability[0] == 8 or small_memory:
+        return Tile(128, 128, 64 if not small_memory else 32, 8, 3, 1)
+    return Tile(128, 256, 64, 8, 4, 1)
+
+
+@jit
+def load_scale(ptr, UE8M0: tl.constexpr):
+    """A scale as float32; `UE8M0` are exponents in bytes."""
+    value = tl.load(ptr)
+    if UE8M0:
+        bits = value.to(tl.uint32)
+        value = tl.where(bits == 0, 0x00400000, bits << 23).to(tl.float32, bitcast=True)  # 2**(bits - 127)
+    return value
+
+
+@jit
+def widen(weight, dtype: tl.constexpr, WEIGHT: tl.constexpr):
+    """A tile of weights in the dtype of the activations. FP8 values are exact in it."""
+    if WEIGHT == _FP8_BITS:
+        wide = e4m3_to_float(weight, dtype)
+    else:
+        wide = weight.to(dtype)
+    return wide
+
+
+@jit
+def tile_of(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(m, n) of a linear tile index: columns of `GROUP_M` row tiles after one another."""
+    group = index // (GROUP_M * tiles_n)
+    first = group * GROUP_M
+    size = tl.minimum(tiles_m - first, GROUP_M)
+    within = index - group * GROUP_M * tiles_n
+    return first + within % size, within // size
+
+
+@jit
+def tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M: tl.constexpr):
+    """Expert (int64), sorted rows, slots and validity of the rows of row tile `m`. Rows past the expert's last repeat
+    it, so that loads need no mask."""
+    expert = tl.load(tiles_ptr + m).to(tl.int64)
+    last = tl.load(offsets_ptr + expert + 1) - 1
+    rows = tl.load(tiles_ptr + max_tiles + m) + tl.arange(0, BLOCK_M)
+    valid = rows <= last
+    rows = tl.minimum(rows, last).to(tl.int64)
+    slots = tl.load(order_ptr + rows).to(tl.int64)
+    return expert, rows, slots, valid
+
+
+@jit
+def load_k(ptrs, k, limit: tl.constexpr, EVEN_K: tl.constexpr, axis: tl.constexpr):
+    """A tile of an operand at inner offset `k`; zeros past `limit`."""
+    if EVEN_K:
+        tile = tl.load(ptrs)
+    else:
+        tile = tl.load(ptrs, mask=tl.expand_dims(k < limit, axis), other=0)
+    return tile
+
+
+@jit
+def load_weight(ptrs, k, limit: tl.constexpr, EVEN_K: tl.constexpr, columns, COLUMNS: tl.constexpr):
+    """A (BLOCK_K, BLOCK_N) tile of a weight at inner offset `k`; zeros past `limit`, and past COLUMNS if that is not
+    0. Where columns are neighbours in memory, they must not be repeated past the end: it would hide that from the
+    compiler, which could no longer copy them in pieces."""
+    if COLUMNS == 0:
+        tile = load_k(ptrs, k, limit, EVEN_K, 1)
+    elif EVEN_K:
+        tile = tl.load(ptrs, mask=(columns < COLUMNS)[None, :], other=0)
+    else:
+        tile = tl.load(ptrs, mask=(k < limit)[:, None] & (columns < COLUMNS)[None, :], other=0)
+    return tile
+
+
+@jit
+def product(
+    acc,  # (BLOCK_M, BLOCK_N) float32
+    x_ptrs,  # (BLOCK_M, BLOCK_K)
+    x_scale_ptrs,  # (BLOCK_M,) scales of the rows' first 128 values, for FP8 rows
+    weight_ptrs,  # (BLOCK_K, BLOCK_N)
+    scale_ptr,  # scale of the tile's first block, for FP8 weights
+    second,  # (BLOCK_N,) columns that belong to a second block of columns
+    DEPTH: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,  # of the weight along the inner dimension
+    SCALE_STRIDE: tl.constexpr,  # of the scales along the inner dimension
+    SECOND: tl.constexpr,  # from the scale of the first block of columns to that of the second; 0: there is none
+    X_FP8: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    UE8M0: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    columns=None,  # (BLOCK_N,) of the result
+    COLUMNS: tl.constexpr = 0,  # how many there are, if those past the end must not be read
+):
+    """`acc` + rows times weights over DEPTH. FP8 sums are scaled once per step, in float32."""
+    EVEN_K: tl.constexpr = DEPTH % BLOCK_K == 0
+    k = tl.arange(0, BLOCK_K)
+    for start in range(0, DEPTH, BLOCK_K):
+        x = load_k(x_ptrs, start + k, DEPTH, EVEN_K, 0)
+        weight = load_weight(weight_ptrs, start + k, DEPTH, EVEN_K, columns, COLUMNS)
+        if WEIGHT:
+            block = start // _SCALE_BLOCK
+            scale = load_scale(scale_ptr + block * SCALE_STRIDE, UE8M0)
+            if not X_FP8:
+                weight = widen(weight, x.dtype, WEIGHT)
+            elif WEIGHT == _FP8_BITS:  # the interpreter: values that FP8 holds
+                x = e4m3_to_float(x, tl.float32)
+                weight = e4m3_to_float(weight, tl.float32)
+            part = dot(x, weight, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+            if SECOND:
+                second_scale = load_scale(scale_ptr + SECOND + block * SCALE_STRIDE, UE8M0)
+                factor = tl.where(second, second_scale, scale)[None, :]
+            else:
+                factor = scale
+            if X_FP8:
+                acc += part * (tl.load(x_scale_ptrs + block)[:, None] * factor)
+            else:
+                acc += part * factor
+        else:
+            acc = dot(x, weight, acc)
+        x_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K * WEIGHT_STRIDE
+    return acc
+
+
+@jit
+def product_pair(
+    left,  # (BLOCK_M, HALF) float32
+    right,  # (BLOCK_M, HALF) float32
+    x_ptr,  # FP8 rows
+    x_rows,  # (BLOCK_M,)
+    x_scale_ptr,  # (rows, ceil(DEPTH / 128)) float32
+    left_ptr,  # FP8 weight of the left half
+    right_ptr,  # FP8 weight of the right half
+    weight_rows,  # (HALF,) of either
+    left_scale_ptr,
+    right_scale_ptr,
+    DEPTH: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    UE8M0: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """FP8 rows times two blocks of columns. A tile of 256 columns reads its rows half as often as two of 128, and with
+    its halves one after the other the sums that wait to be scaled just fit into the registers; so do places as int32
+    offsets, where pointers would not: `x_ptr` holds less than 2**31 elements."""
+    EVEN_K: tl.constexpr = DEPTH % BLOCK_K == 0
+    GRID_K: tl.constexpr = (DEPTH + _SCALE_BLOCK - 1) // _SCALE_BLOCK
+    k = tl.arange(0, BLOCK_K)
+    x_rows = x_rows.to(tl.int32)
+    x_places = x_rows[:, None] * DEPTH + k[None, :]
+    x_scale_places = x_rows * GRID_K
+    places = weight_rows[None, :] * DEPTH + k[:, None]
+    for start in range(0, DEPTH, BLOCK_K):
+        block = start // _SCALE_BLOCK
+        x = load_k(x_ptr + start + x_places, start + k, DEPTH, EVEN_K, 0)
+        left_weight = load_k(left_ptr + start + places, start + k, DEPTH, EVEN_K, 1)
+        right_weight = load_k(right_ptr + start + places, start + k, DEPTH, EVEN_K, 1)
+        if WEIGHT == _FP8_BITS:  # the interpreter: values that FP8 holds
+            x = e4m3_to_float(x, tl.float32)
+            left_weight = e4m3_to_float(left_weight, tl.float32)
+            right_weight = e4m3_to_float(right_weight, tl.float32)
+        x_scale = tl.load(x_scale_ptr + block + x_scale_places)
+        part = dot(x, left_weight, tl.zeros((BLOCK_M, HALF), tl.float32))
+        left += part * (x_scale * load_scale(left_scale_ptr + block, UE8M0))[:, None]
+        part = dot(x, right_weight, tl.zeros((BLOCK_M, HALF), tl.float32))
+        right += part * (x_scale * load_scale(right_scale_ptr + block, UE8M0))[:, None]
+    return left, right
+
+
+@jit
+def lora_sum(acc, low_ptr, factor_ptrs, rows, R: tl.constexpr, BLOCK_R: tl.constexpr, STRIDE: tl.constexpr):
+    """`acc` + low-rank rows (N, R) times factors, given as pointers to each column's value for rank 0."""
+    r = tl.arange(0, BLOCK_R)
+    low = tl.load(low_ptr + rows[:, None] * R + r[None, :], mask=r[None, :] < R, other=0.0)
+    factor = tl.load(factor_ptrs[None, :] + r[:, None] * STRIDE, mask=r[:, None] < R, other=0.0)
+    return dot(low, factor.to(low.dtype), acc)
+
+
+@jit
+def halves(tile, BLOCK_M: tl.constexpr, HALF: tl.constexpr):
+    """(BLOCK_M, 2 * HALF) to its left and its right half."""
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+
+
+@jit
+def gate_up_kernel(
+    x_ptr,  # (T, H)
+    x_scale_ptr,  # (T, ceil(H / 128)) float32 for FP8 rows, or unused
+    weight_ptr,  # (E, 2I, H)
+    scale_ptr,  # (E, 2 * ceil(I / 128), ceil(H / 128)), or unused
+    low_ptr,  # (N, R) sorted rows times LoRA's A, or unused
+    lora_ptr,  # (E, 2I, R) LoRA's B, or unused
+    out_ptr,  # (N, I) sorted rows of silu(gate) * up
+    pre_ptr,  # (N, 2I) sorted rows of gate and up, or unused
+    order_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    max_tiles,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    R: tl.constexpr,  # 0 without LoRA
+    X_FP8: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    UE8M0: tl.constexpr,
+    SAVE_PRE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # one half is gate, the other the same columns of up
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    HALF: tl.constexpr = BLOCK_N // 2
+    PAIR: tl.constexpr = X_FP8 and BLOCK_N == 2 * _SCALE_BLOCK
+    GRID_K: tl.constexpr = (H + _SCALE_BLOCK - 1) // _SCALE_BLOCK
+    GRID_N: tl.constexpr = (I + _SCALE_BLOCK - 1) // _SCALE_BLOCK
+    tiles_m = tl.load(num_tiles_ptr)
+    tiles_n: tl.constexpr = (I + HALF - 1) // HALF
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        m, n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        expert, rows, slots, valid = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
+        tokens = slots // K
+        k = tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + tokens[:, None] * H + k[None, :]
+        weight_ptrs = weight_ptr + expert * (2 * I * H) + k[:, None]
+        x_scale_ptrs = x_scale_ptr + tokens * GRID_K if X_FP8 else None
+        scale_ptrs = scale_ptr + (expert * (2 * GRID_N) + n * HALF // _SCALE_BLOCK) * GRID_K if WEIGHT else None
+        if PAIR:
+            gate_rows = tl.minimum(n * HALF + tl.arange(0, HALF), I - 1)  # the last tile repeats the last row
+            gate, up = product_pair(
+                tl.zeros((BLOCK_M, HALF), tl.float32),
+                tl.zeros((BLOCK_M, HALF), tl.float32),
+                x_ptr,
+                tokens,
+                x_scale_ptr,
+                weight_ptr + expert * (2 * I * H),
+                weight_ptr + expert * (2 * I * H) + I * H,
+                gate_rows,
+                scale_ptrs,
+                scale_ptrs + GRID_N * GRID_K,
+                H,
+                WEIGHT,
+                UE8M0,
+                BLOCK_M,
+                HALF,
+                BLOCK_K,
+            )
+            if R:
+                factor_ptrs = lora_ptr + expert * (2 * I * R) + gate_rows * R
+                gate = lora_sum(gate, low_ptr, factor_ptrs, rows, R, BLOCK_R, 1)
+                up = lora_sum(up, low_ptr, factor_ptrs + I * R, rows, R, BLOCK_R, 1)
+        else:
+            both = tl.arange(0, BLOCK_N)
+            is_up = both >= HALF
+            weight_rows = tl.minimum(n * HALF + both % HALF, I - 1) + tl.where(is_up, I, 0)
+            acc = product(
+                tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
+                x_ptrs,
+                x_scale_ptrs,
+                weight_ptrs + weight_rows[None, :] * H,
+                scale_ptrs,
+                is_up,
+                H,
+                1,
+                1,
+                GRID_N * GRID_K,
+                X_FP8,
+                WEIGHT,
+                UE8M0,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
+            if R:
+                factor_ptrs = lora_ptr + expert * (2 * I * R) + weight_rows * R
+                acc = lora_sum(acc, low_ptr, factor_ptrs, rows, R, BLOCK_R, 1)
+            gate, up = halves(acc, BLOCK_M, HALF)
+        # Read again: kept in registers across the loop they would crowd out sums.
+        _, rows, _, valid = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
+        columns = n * HALF + tl.arange(0, HALF)
+        mask = valid[:, None] & (columns[None, :] < I)
+        if SAVE_PRE:
+            pre_ptrs = pre_ptr + rows[:, None] * (2 * I) + columns[None, :]
+            tl.store(pre_ptrs, narrow(gate, pre_ptr.dtype.element_ty), mask=mask)
+            tl.store(pre_ptrs + I, narrow(up, pre_ptr.dtype.element_ty), mask=mask)
+        out = gate / (1 + tl.exp(-gate)) * up
+        tl.store(out_ptr + rows[:, None] * I + columns[None, :], narrow(out, out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def finish_rows(
+    acc,
+    columns,
+    place,  # row tile, tiles_ptr, offsets_ptr, order_ptr, max_tiles
+    out,  # low_ptr, lora_ptr, factors_ptr, alpha, out_ptr
+    OUT: tl.constexpr,
+    R: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TO_SLOTS: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """What `rows_kernel` does with a tile of sums: the low-rank part, the factor of each row, the store."""
+    m, tiles_ptr, offsets_ptr, order_ptr, max_tiles = place
+    low_ptr, lora_ptr, factors_ptr, alpha, out_ptr = out
+    # Read again: kept in registers across the product they would crowd out sums.
+    expert, rows, slots, valid = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
+    inside = tl.minimum(columns, OUT - 1)
+    if R and TRANSPOSED:
+        acc = lora_sum(acc, low_ptr, lora_ptr + expert * (OUT * R) + inside, rows, R, BLOCK_R, OUT)
+    elif R:
+        acc = lora_sum(acc, low_ptr, lora_ptr + expert * (OUT * R) + inside * R, rows, R, BLOCK_R, 1)
+    factor = tl.full((BLOCK_M,), alpha, tl.float32)
+    if HAS_FACTORS:
+        factor *= tl.load(factors_ptr + slots).to(tl.float32)
+    acc *= factor[:, None]
+    out_rows = slots if TO_SLOTS else rows
+    mask = valid[:, None] & (columns[None, :] < OUT)
+    tl.store(out_ptr + out_rows[:, None] * OUT + columns[None, :], narrow(acc, out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def rows_kernel(
+    x_ptr,  # (T, IN) rows of tokens if GATHER, else (N, IN) sorted rows
+    x_scale_ptr,  # (rows of x, ceil(IN / 128)) float32 for FP8 rows, or unused
+    weight_ptr,  # (E, OUT, IN), or (E, IN, OUT) if TRANSPOSED
+    scale_ptr,  # (E, ceil(OUT / 128), ceil(IN / 128)), or with the last two exchanged; or unused
+    low_ptr,  # (N, R) low-rank sorted rows, or unused
+    lora_ptr,  # (E, OUT, R), or (E, R, OUT) if TRANSPOSED; or unused
+    factors_ptr,  # (N,) factor of each slot's row, or unused
+    out_ptr,  # (N, OUT) rows in the order of the slots if TO_SLOTS, else sorted rows
+    order_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    max_tiles,
+    alpha,  # factor of every row
+    K: tl.constexpr,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    R: tl.constexpr,  # 0 without LoRA
+    PARTS: tl.constexpr,  # pieces of the inner dimension whose blocks of scales are apart
+    GATHER: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TO_SLOTS: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+    X_FP8: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    UE8M0: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    DEPTH: tl.constexpr = IN // PARTS
+    GRID_K: tl.constexpr = (DEPTH + _SCALE_BLOCK - 1) // _SCALE_BLOCK  # of one part
+    GRID_N: tl.constexpr = (OUT + _SCALE_BLOCK - 1) // _SCALE_BLOCK
+    STRIDE_K: tl.constexpr = OUT if TRANSPOSED else 1
+    SCALE_K: tl.constexpr = GRID_N if TRANSPOSED else 1
+    SCALE_N: tl.constexpr = 1 if TRANSPOSED else PARTS * GRID_K
+    tiles_m = tl.load(num_tiles_ptr)
+    tiles_n: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        m, n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        expert, rows, slots, valid = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
+        k = tl.arange(0, BLOCK_K)
+        x_rows = slots // K if GATHER else rows
+        x_ptrs = x_ptr + x_rows[:, None] * IN + k[None, :]
+        x_scale_ptrs = x_scale_ptr + x_rows * GRID_K if X_FP8 else None
+        weight_ptrs = weight_ptr + expert * (OUT * IN) + k[:, None] * STRIDE_K
+        scale_ptrs = scale_ptr + expert * (PARTS * GRID_K * GRID_N) if WEIGHT else None
+        scale_ptrs = scale_ptrs + n * BLOCK_N // _SCALE_BLOCK * SCALE_N if WEIGHT else None
+        columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        if TRANSPOSED:
+            weight_ptrs += columns[None, :]
+        else:
+            weight_ptrs += tl.minimum(columns, OUT - 1)[None, :] * IN  # the last tile repeats the last row
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for part in tl.static_range(PARTS):
+            acc = product(
+                acc,
+                x_ptrs + part * DEPTH,
+                x_scale_ptrs,
+                weight_ptrs + part * DEPTH * STRIDE_K,
+                scale_ptrs + part * GRID_K * SCALE_K if WEIGHT else None,
+                columns,
+                DEPTH,
+                STRIDE_K,
+                SCALE_K,
+                0,
+                X_FP8,
+                WEIGHT,
+                UE8M0,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                columns,
+                OUT if TRANSPOSED and OUT % BLOCK_N else 0,
+            )
+        place = (m, tiles_ptr, offsets_ptr, order_ptr, max_tiles)
+        out = (low_ptr, lora_ptr, factors_ptr, alpha, out_ptr)
+        finish_rows(acc, columns, place, out, OUT, R, TRANSPOSED, TO_SLOTS, HAS_FACTORS, BLOCK_M, BLOCK_R)
+
+
+@jit
+def combine_kernel(
+    rows_ptr,  # (T * K, H)
+    ids_ptr,  # (T, K)
+    out_ptr,  # (T, H)
+    E: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    acc = tl.zeros((BLOCK_H,), tl.float32)
+    for choice in tl.static_range(K):
+        slot = token * K + choice
+        expert = tl.load(ids_ptr + slot)
+        limit = tl.where((expert >= 0) & (expert < E), H, 0)  # rows of other slots were never written
+        acc += tl.load(rows_ptr + slot * H + h, mask=h < limit, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * H + h, narrow(acc, out_ptr.dtype.element_ty), mask=h < H)
+
+
+def weight_kind(weight: torch.Tensor) -> int:
+    """How kernels read `weight` on its device."""
+    if weight.dtype != torch.float8_e4m3fn:
+        return PLAIN
+    return FP8 if converts_fp8(weight.device) and not INTERPRETING else FP8_BITS
+
+
+def as_bytes(tensor: torch.Tensor | None, kind: int = FP8_BITS) -> torch.Tensor | None:
+    """FP8 weights and UE8M0 scales as the type that kernels are given."""
+    if tensor is None:
+        return None
+    bits = tensor.dtype == torch.float8_e8m0fnu or (kind == FP8_BITS and tensor.dtype == torch.float8_e4m3fn)
+    return tensor.view(torch.uint8) if bits else tensor
+
+
+def launch_options(tile: Tile, layout: Layout, columns: int, device: torch.device) -> tuple[tuple[int], dict]:
+    """Grid and keyword arguments of a product of `columns` columns in all."""
+    grid = layout.max_tiles * cdiv(columns, tile.block_n)
+    if tile.per_processor:
+        grid = min(grid, num_processors(device) * tile.per_processor)
+    options = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    # While tiles are small, those of one expert that read the same weights come first; else, squares that share both.
+    options.update(GROUP_M=8 if tile.per_processor else 1 << 20, num_warps=tile.warps, num_stages=tile.stages)
+    return (grid,), options
+
+
+def weight_options(weight: torch.Tensor, scale: torch.Tensor | None) -> dict:
+    return {"WEIGHT": weight_kind(weight), "UE8M0": scale is not None and scale.dtype == torch.float8_e8m0fnu}
+
+
+def lora_options(rank: int) -> dict:
+    """Rank and its padded size: a product has an inner dimension of 16 at least."""
+    return {"R": rank, "BLOCK_R": max(16, next_power_of_2(rank))}
+
+
+def gate_up(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    layout: Layout,
+    top_k: int,
+    *,
+    out_dtype: torch.dtype,
+    x_scale: torch.Tensor | None = None,
+    save_pre: bool = False,
+    low: torch.Tensor | None = None,
+    lora_b: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Sorted rows (N, I) of silu(gate) * up, and (N, 2I) of gate and up if `save_pre`."""
+    (tokens, hidden), inter, device = hidden_states.shape, weight.shape[1] // 2, hidden_states.device
+    kind = weight_kind(weight)
+    tile = product_tile(layout.block_m, hidden_states.dtype, kind, compute_capability(device))
+    out = torch.empty(tokens * top_k, inter, dtype=out_dtype, device=device)
+    pre = torch.empty(tokens * top_k, 2 * inter, dtype=out_dtype, device=device) if save_pre else None
+    grid, options = launch_options(tile, layout, 2 * inter, device)
+    gate_up_kernel[grid](
+        as_bytes(hidden_states, kind),
+        x_scale,
+        as_bytes(weight, kind),
+        as_bytes(scale),
+        low,
+        lora_b,
+        out,
+        pre,
+        *layout[:4],
+        layout.max_tiles,
+        K=top_k,
+        H=hidden,
+        I=inter,
+        X_FP8=x_scale is not None,
+        SAVE_PRE=save_pre,
+        **weight_options(weight, scale),
+        **lora_options(0 if low is None else low.shape[1]),
+        **options,
+    )
+    return out, pre
+
+
+def multiply_rows(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    layout: Layout,
+    top_k: int,
+    *,
+    out_dtype: torch.dtype,
+    gather: bool = False,
+    transposed: bool = False,
+    to_slots: bool = False,
+    parts: int = 1,
+    factors: torch.Tensor | None = None,
+    alpha: float = 1.0,
+    x_scale: torch.Tensor | None = None,
+    low: torch.Tensor | None = None,
+    lora: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Each row times the weight of its expert: (N, OUT).
+
+    Args:
+        rows: (N, IN) sorted rows, or (T, IN) rows of tokens with `gather`.
+        weight: (E, OUT, IN), or (E, IN, OUT) with `transposed`.
+        scale: of an FP8 weight.
+        to_slots: results in the order of the slots, instead of sorted; those of no expert are not written.
+        parts: 2 if the inner dimension is that of a stacked gate and up, whose blocks of scales are apart.
+        factors: (N,) float of each slot.
+        alpha: factor of all.
+        low, lora: (N, R) sorted low-rank rows and their (E, OUT, R), or (E, R, OUT) with `transposed`.
+    """
+    inner, out_features = weight.shape[1:] if transposed else weight.shape[:0:-1]
+    device, kind = rows.device, weight_kind(weight)
+    tile = product_tile(layout.block_m, rows.dtype, kind, compute_capability(device))
+    if out_features <= 64:
+        tile = tile._replace(block_n=max(16, next_power_of_2(out_features)), block_k=min(tile.block_k, 64))
+    if kind != PLAIN:  # one block of scales at a time
+        tile = tile._replace(block_n=min(tile.block_n, SCALE_BLOCK))
+    if kind == PLAIN or inner % (parts * SCALE_BLOCK) == 0:
+        parts = 1  # one piece, or its blocks follow one another
+    out = torch.empty(layout.order.numel(), out_features, dtype=out_dtype, device=device)
+    grid, options = launch_options(tile, layout, out_features, device)
+    rows_kernel[grid](
+        as_bytes(rows, kind),
+        x_scale,
+        as_bytes(weight, kind),
+        as_bytes(scale),
+        low,
+        lora,
+        factors,
+        out,
+        *layout[:4],
+        layout.max_tiles,
+        float(alpha),
+        K=top_k,
+        IN=inner,
+        OUT=out_features,
+        PARTS=parts,
+        GATHER=gather,
+        TRANSPOSED=transposed,
+        TO_SLOTS=to_slots,
+        HAS_FACTORS=factors is not None,
+        X_FP8=x_scale is not None,
+        **weight_options(weight, scale),
+        **lora_options(0 if low is None else low.shape[1]),
+        **options,
+    )
+    return out
+
+
+def combine(rows: torch.Tensor, topk_indices: torch.Tensor, num_experts: int, dtype: torch.dtype) -> torch.Tensor:
+    """Sum (T, H) over the K rows of each token, in float32, without those of no expert."""
+    tokens, top_k = topk_indices.shape
+    hidden = rows.shape[1]
+    out = torch.empty(tokens, hidden, dtype=dtype, device=rows.device)
+    block = min(1024, next_power_of_2(hidden))
+    combine_kernel[(tokens, cdiv(hidden, block))](
+        rows, topk_indices, out, E=num_experts, K=top_k, H=hidden, BLOCK_H=block, num_warps=4
+    )
+    return out
