@@ -210,8 +210,8 @@ def _longcat(c: dict[str, Any], name: str) -> Architecture:
     attention = _latent_attention(c)
     depths = min(1, c.get("num_nextn_predict_layers") or 0)
     block = attention.linears + _mlp(hidden, c["ffn_hidden_size"])
-    # An own table, the joining projection, and five norms.
-    other = attention.other_params + vocab * hidden + 2 * hidden * hidden + 5 * hidden
+    # The joining projection and five norms. The table of the files is a copy of the main one.
+    other = attention.other_params + 2 * hidden * hidden + 5 * hidden
     ngram = {}
     if c.get("ngram_vocab_size_ratio"):
         tables = c["emb_split_num"] * (c["emb_neighbor_num"] - 1)
@@ -244,6 +244,7 @@ def _longcat(c: dict[str, Any], name: str) -> Architecture:
         mtp_linears=depths * block,
         mtp_other=depths * other,
         mtp_active=depths * (_size(block) + other),
+        mtp_copies=depths * vocab * hidden,
         **ngram,
     )
 

@@ -25,9 +25,9 @@ INSPECT = (
         COUNTED,
     ),
     (
-        "mtp_params, vision_params",
-        "multi-token prediction layers without the copies of table and head that files repeat; image "
-        "tower and projector",
+        "mtp_params, mtp_active_params, vision_params",
+        "multi-token prediction layers without the copies of table and head that files repeat, and what a draft of all "
+        "depths meets of them; image tower and projector",
         COUNTED,
     ),
     (

@@ -50,6 +50,7 @@ def inspect_model(
         "active_params": cost.active_params(parts),
         "active_params_without_embedding": cost.active_params(parts, embedding=False),
         "mtp_params": parts["mtp"].total,
+        "mtp_active_params": a.mtp_active,
         "vision_params": parts["vision"].total,
         "all_params": sum(part.total for part in parts.values()),
         "parts": {name: {"total": part.total, "active": round(part.active)} for name, part in parts.items()},
