@@ -257,6 +257,7 @@ def test_static_cache_of_exactly_the_needed_size(model):
 def test_adaptive_drafting_stops_where_it_does_not_pay():
     hopeless = tiny_model(num_nextn_predict_layers=1)  # random weights, 101 tokens: drafts are wrong
     options = {**GREEDY, "do_sample": True, "max_new_tokens": 200, "return_dict_in_generate": True}
+    options["assistant_confidence_threshold"] = 0.0
     report = hopeless.generate(random_ids(1, 5), use_mtp=True, **options).speculation
     assert report.acceptance_by_position[0] < 0.3
     assert report.drafted < 0.2 * report.steps
@@ -271,7 +272,7 @@ def test_adaptive_drafting_goes_on_where_it_pays():
         ids, use_mtp=True, do_sample=True, temperature=0.2, max_new_tokens=100, eos_token_id=None,
         return_dict_in_generate=True,
     )  # fmt: skip
-    assert out.speculation.tokens_per_step > 1.5
+    assert out.speculation.tokens_per_step > 1.3
 
 
 def test_confidence_threshold_ends_drafts_early():
