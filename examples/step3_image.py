@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--image", help="a picture file; one is drawn by default")
     parser.add_argument("--question", default="What is in this picture?")
     parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32; FP8 is dequantised to it")
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32; FP8 weights stay FP8")
     parser.add_argument("--device-map", default="auto", help="where the layers go; auto fills GPUs, then memory")
     args = parser.parse_args()
 

@@ -5,6 +5,7 @@ The text part of a vision checkpoint loads as it is: its vision tensors are left
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ from .layer_rope import RotaryEmbedding
 from .layer_router import SoftmaxRouter
 from .modeling_base import MoePreTrainedModel
 from .modeling_causal_lm import CausalLMMixin, MTPCausalLMOutputWithPast
-from .weights_step3 import VISION_PREFIXES, register_step3_conversions, stack_parts
+from .weights_step3 import VISION_PREFIXES, join_stacks, register_step3_conversions, stack_parts
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -113,6 +114,9 @@ class Step3TextPreTrainedModel(MoePreTrainedModel):
             if getattr(text, key, None) is None and getattr(config, key, None) is not None:
                 setattr(text, key, getattr(config, key))
         return text
+
+    def join_sharded(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        return join_stacks(tensors)
 
     def upstream_parts(self, stem: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
         return stack_parts(stem, shape)

@@ -9,6 +9,7 @@ Shapes: N views, C width, g patches a side, H text width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ from .layer_head import LMHead
 from .modeling_base import MoePreTrainedModel
 from .modeling_causal_lm import CausalLMMixin, DeferredCausalLMOutput, MTPCausalLMOutputWithPast
 from .modeling_step3_text import Step3TextForCausalLM, Step3TextModel
-from .weights_step3 import stack_parts
+from .weights_step3 import join_stacks, stack_parts
 
 # Inputs that concern images, and only the prompt.
 VISION_INPUTS = ("pixel_values", "patch_pixel_values", "num_patches", "patch_newline_mask", "image_embeds")
@@ -206,6 +207,9 @@ class Step3VLPreTrainedModel(MoePreTrainedModel):
 
     def checkpoint_stem(self, name: str) -> str:
         return name.removeprefix("model.").removeprefix("language_model.")
+
+    def join_sharded(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        return join_stacks(tensors)
 
     def upstream_parts(self, stem: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
         return stack_parts(stem, shape)

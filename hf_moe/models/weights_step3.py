@@ -6,12 +6,13 @@ Scales of block FP8 weights, `<weight>_scale_inv` upstream, are fused in the sam
 """
 
 import re
+from typing import Any
 
 import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
-from .weights_experts import StackExperts, with_scale_converters
+from .weights_experts import SCALE_SUFFIX, StackExperts, with_scale_converters
 
 # Fused parameter to the upstream stacks that are concatenated into it, in order, along the rows of each expert.
 FUSED_STACKS = {
@@ -23,6 +24,48 @@ VISION_PREFIXES = ("vision_model", "vit_downsampler", "vit_downsampler2", "vit_l
 TEXT_PREFIXES = ("embed_tokens", "layers", "norm")
 
 
+class JoinedStacks:
+    """Stacks (E, rows, cols) of a file seen as one (E, sum of rows, cols), read when it is indexed.
+
+    Tensor parallelism takes a slice of the gate rows and one of the up rows by their place in the fused parameter.
+    """
+
+    def __init__(self, parts: list[Any]):
+        self.parts = parts
+        self.dtype = parts[0].dtype
+
+    def get_shape(self) -> list[int]:
+        shapes = [part.get_shape() for part in self.parts]
+        return [shapes[0][0], sum(shape[1] for shape in shapes), shapes[0][2]]
+
+    def __getitem__(self, index) -> torch.Tensor:
+        if index is Ellipsis:
+            return torch.cat([part[...] for part in self.parts], dim=1)
+        experts, rows, cols = (*index, slice(None), slice(None))[:3]
+        start, stop, _ = rows.indices(self.get_shape()[1])
+        output = []
+        for part in self.parts:
+            height = part.get_shape()[1]
+            first, last = max(start, 0), min(stop, height)
+            if first < last:
+                output.append(part[experts, first:last, cols])
+            start, stop = start - height, stop - height
+        return torch.cat(output, dim=1) if output else self.parts[0][experts, :0, cols]
+
+
+def join_stacks(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The same tensors, each gate stack (and its scales) joined with its up stack, under the name of the gate."""
+    output = dict(tensors)
+    gate, up = FUSED_STACKS["moe.experts.gate_up_proj"]
+    for suffix in ("", SCALE_SUFFIX):
+        for name in tensors:
+            other = name.removesuffix(gate + suffix) + up + suffix
+            if name.endswith("." + gate + suffix) and other in tensors:
+                parts = [output.pop(name), output.pop(other)]
+                output[name] = JoinedStacks([getattr(part, "source", part) for part in parts])
+    return output
+
+
 class FuseStacks(StackExperts):
     """Stacks of experts to one fused parameter, filled expert by expert."""
 
@@ -30,6 +73,9 @@ class FuseStacks(StackExperts):
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
         """`{pattern: (E, rows, cols)}` to `{target: (E, sum of rows, cols)}`."""
         parts = {}
+        if len(input_dict) == 1 < len(source_patterns):  # joined beforehand, see `JoinedStacks`
+            (joined,) = input_dict.values()
+            return {target_patterns[0]: joined[0] if isinstance(joined, list) else joined}
         for pattern in source_patterns:
             if pattern in input_dict:
                 stack = input_dict.pop(pattern)

@@ -33,7 +33,10 @@ from hf_moe.models import layer_mfa
 from hf_moe.models.layer_dense import RMSNorm
 from hf_moe.models.layer_rope import rotate_interleaved
 from hf_moe.models.modeling_step3_text import Step3TextForCausalLM, Step3TextModel
-from hf_moe.models.weights_safetensors import CheckpointError
+from hf_moe.models.weights_experts import defer_experts
+from hf_moe.models.weights_lazy import plain_tensors
+from hf_moe.models.weights_safetensors import CheckpointError, open_files
+from hf_moe.models.weights_step3 import join_stacks
 
 CASES = ["step3_text", "step3_text_renorm", "step3_fp8"]
 FLOAT = ["step3_text", "step3_text_renorm"]
@@ -569,3 +572,18 @@ def test_bad_option_is_one_clear_error(keys, named):
 
 def test_goldens_are_the_files_that_the_expectations_belong_to():
     assert {path.name for path in GOLDENS.glob("step3_*")} >= set(CASES)
+
+
+def test_stacks_joined_for_sharded_models():
+    """Tensor parallelism slices the fused parameter: gate and up rows by their place in it, of weights and scales."""
+    entries = open_files([str(golden("step3_fp8") / "model.safetensors")])
+    tensors = plain_tensors(entries, {"quant_method": "fp8", "block_size": (128, 128)})
+    joined = join_stacks(defer_experts(tensors))
+    stem = "model.layers.1.moe"
+    assert f"{stem}.up_proj.weight" not in joined and f"{stem}.down_proj.weight" in joined
+    fused = AutoModelForCausalLM.from_pretrained(golden("step3_fp8"), dtype=torch.float32, dequantize=True)
+    wanted = fused.model.layers[1].moe.experts.gate_up_proj.detach()
+    source = joined[f"{stem}.gate_proj.weight"]
+    assert source.get_shape() == list(wanted.shape) and torch.equal(source[...], wanted)
+    for rows in (slice(0, 80), slice(160, 240), slice(100, 200), slice(0, 320), slice(320, 320)):
+        assert torch.equal(source[slice(2, 5), rows, slice(7, 90)], wanted[2:5, rows, 7:90]), rows
