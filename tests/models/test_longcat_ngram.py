@@ -183,12 +183,8 @@ def test_crop_reorder_select_and_repeat(model):
     assert_close("repeat", logits, expected.repeat_interleave(2, 0)[:, 12:], "float32")
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{"num_beams": 4}, {"prompt_lookup_num_tokens": 3}, {"cache_implementation": "offloaded"}]
-)
+@pytest.mark.parametrize("kwargs", [{"num_beams": 4}, {"prompt_lookup_num_tokens": 3}], ids=["beams", "lookup"])
 def test_generation_equals_generation_without_a_cache(model, kwargs):
-    if kwargs.get("cache_implementation") == "offloaded" and not torch.cuda.is_available():
-        pytest.skip("offloaded caches need a GPU")
     ids = ids_with_eos(1, 11)
     plain = {key: value for key, value in kwargs.items() if key == "num_beams"}
     assert torch.equal(model.generate(ids, **kwargs), model.generate(ids, use_cache=False, **plain))
