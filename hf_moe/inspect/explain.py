@@ -45,7 +45,7 @@ INSPECT = (
     (
         "kv_cache_bytes",
         "GQA, MFA: N L 2 g d; MLA: N L (kv_lora_rank + qk_rope_head_dim); x bytes per element x batch (N "
-        "context, L attentions, g key/value heads, d head width)",
+        "context, L attentions, g key/value heads, d head width); token ids that n-gram models keep are left out",
         REPORT,
     ),
     (
