@@ -166,8 +166,8 @@ ROUTE = (
 
 def print_explanations(explanations, console: Console) -> None:
     """Columns with formula and source."""
-    table = Table(show_lines=True)
-    table.add_column("column", no_wrap=False, ratio=2)
+    table = Table(show_lines=True, expand=True)
+    table.add_column("column", overflow="fold", ratio=2)
     table.add_column("formula", ratio=5)
     table.add_column("source", ratio=2)
     for row in explanations:
