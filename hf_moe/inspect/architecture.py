@@ -208,10 +208,10 @@ def _deepseek(c: dict[str, Any], name: str) -> Architecture:
 def _longcat(c: dict[str, Any], name: str) -> Architecture:
     hidden, layers, vocab = c["hidden_size"], c["num_layers"], c["vocab_size"]
     attention = _latent_attention(c)
-    depths = min(1, c.get("num_nextn_predict_layers") or 0)
+    depths = c.get("num_nextn_predict_layers") or 0
     block = attention.linears + _mlp(hidden, c["ffn_hidden_size"])
-    # The joining projection and five norms. The table of the files is a copy of the main one.
-    other = attention.other_params + 2 * hidden * hidden + 5 * hidden
+    # The joining projection and four norms of each depth; one norm and, in the files, a copy of the table for all.
+    other = depths * (attention.other_params + 2 * hidden * hidden + 4 * hidden) + (hidden if depths else 0)
     ngram = {}
     if c.get("ngram_vocab_size_ratio"):
         tables = c["emb_split_num"] * (c["emb_neighbor_num"] - 1)
@@ -242,9 +242,9 @@ def _longcat(c: dict[str, Any], name: str) -> Architecture:
         router_bytes=4,
         norm_params=(4 * layers + 1) * hidden,
         mtp_linears=depths * block,
-        mtp_other=depths * other,
-        mtp_active=depths * (_size(block) + other),
-        mtp_copies=depths * vocab * hidden,
+        mtp_other=other,
+        mtp_active=depths * _size(block) + other,
+        mtp_copies=vocab * hidden if depths else 0,
         **ngram,
     )
 

@@ -45,7 +45,7 @@ INSPECT = (
     (
         "kv_cache_bytes",
         "GQA, MFA: N L 2 g d; MLA: N L (kv_lora_rank + qk_rope_head_dim); x bytes per element x batch (N "
-        "context, L attentions, g key/value heads, d head width)",
+        "context, L attentions, g key/value heads, d head width); token ids that n-gram models keep are left out",
         REPORT,
     ),
     (
@@ -166,8 +166,8 @@ ROUTE = (
 
 def print_explanations(explanations, console: Console) -> None:
     """Columns with formula and source."""
-    table = Table(show_lines=True)
-    table.add_column("column", no_wrap=False, ratio=2)
+    table = Table(show_lines=True, expand=True)
+    table.add_column("column", overflow="fold", ratio=2)
     table.add_column("formula", ratio=5)
     table.add_column("source", ratio=2)
     for row in explanations:

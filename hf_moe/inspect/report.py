@@ -13,6 +13,9 @@ from .architecture import Architecture, read_architecture
 from .count import count_parameters
 from .sources import bytes_on_disk, read_source, stored_precision
 
+# Columns of a console that a label and a value take.
+_LABEL_WIDTH, _VALUE_WIDTH = 34, 14
+
 
 def inspect_model(
     model: str,
@@ -112,22 +115,30 @@ def _seconds(value: float) -> str:
 
 
 def print_report(records: list[dict[str, Any]], console: Console) -> None:
-    """All records beside one another, then each point of context and batch."""
+    """Records beside one another, as many as the console is wide for; then each point of context and batch."""
+    widest = max(len(record["name"]) for record in records)
+    beside = max(1, (console.width - _LABEL_WIDTH) // (max(widest, _VALUE_WIDTH) + 3))
+    for start in range(0, len(records), beside):
+        _print_beside(records[start : start + beside], console)
+
+
+def _print_beside(records: list[dict[str, Any]], console: Console) -> None:
     _print_parameters(records, console)
     _print_checkpoints(records, console)
-    for index in range(len(records[0]["points"])):
+    for index, point in enumerate(records[0]["points"]):
         _print_point(records, index, console)
-        if records[0]["points"][index]["accelerators"]:
-            _print_accelerators(records, index, console)
-        if "disaggregation" in records[0]["points"][index]:
+        if point["accelerators"]:
+            for record in records:
+                _print_accelerators(record, index, console)
+        if "disaggregation" in point:
             _print_disaggregation(records, index, console)
 
 
 def _table(title: str, columns: list[str]) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column(columns[0])
+    table.add_column(columns[0], no_wrap=True)
     for column in columns[1:]:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
@@ -184,25 +195,21 @@ def _print_point(records, index: int, console: Console) -> None:
     console.print(table)
 
 
-def _print_accelerators(records, index: int, console: Console) -> None:
-    columns = ["model", "on", "weights", "FLOPs/byte", "devices", "max batch", "step", "tokens/s", "limit", "USD/1M"]
-    table = _table("Fewest devices that hold it, and the roofline of a decode step", columns)
-    for record in records:
-        for row in record["points"][index]["accelerators"]:
-            table.add_row(
-                record["name"],
-                row["accelerator"],
-                record["weight_precision"],
-                f"{row['flops_per_byte']:.0f}",
-                str(row["min_devices"]),
-                str(row["max_batch"]),
-                _seconds(row["step_seconds"]),
-                count_text(row["tokens_per_second"]),
-                f"{row['attention_bound']} / {row['ffn_bound']}",
-                "-" if row["usd_per_million_tokens"] is None else f"{row['usd_per_million_tokens']:.3f}",
-            )
-        table.add_section()
-    table.caption = "limit: of attention / of FFN"
+def _print_accelerators(record: dict[str, Any], index: int, console: Console) -> None:
+    point = record["points"][index]
+    title = f"{record['name']} in {record['weight_precision']}: a decode step, batch {point['batch']}, fewest devices"
+    table = _table(title, ["", "devices", "max batch", "step", "tokens/s", "attention/FFN by", "USD/1M"])
+    short = {"memory": "mem", "compute": "comp"}
+    for row in point["accelerators"]:
+        table.add_row(
+            row["accelerator"],
+            str(row["min_devices"]),
+            str(row["max_batch"]),
+            _seconds(row["step_seconds"]),
+            count_text(row["tokens_per_second"]),
+            f"{short[row['attention_bound']]}/{short[row['ffn_bound']]}",
+            "-" if row["usd_per_million_tokens"] is None else f"{row['usd_per_million_tokens']:.3f}",
+        )
     console.print(table)
 
 
@@ -211,9 +218,9 @@ def _print_disaggregation(records, index: int, console: Console) -> None:
     title = f"Attention on {rows[0]['attention_accelerator']}, experts on {rows[0]['ffn_accelerator']}"
     table = _table(title, ["", *(record["name"] for record in records)])
     lines = {
-        "devices, attention + experts": [f"{row['attention_devices']} + {row['ffn_devices']}" for row in rows],
-        "network bytes per token and layer": [f"{row['network_bytes_per_token_and_layer']:,}" for row in rows],
-        "network bytes per token": [bytes_text(row["network_bytes_per_token"]) for row in rows],
+        "devices: attention + experts": [f"{row['attention_devices']} + {row['ffn_devices']}" for row in rows],
+        "network bytes / token and layer": [f"{row['network_bytes_per_token_and_layer']:,}" for row in rows],
+        "network bytes / token": [bytes_text(row["network_bytes_per_token"]) for row in rows],
         "stage: attention": [_seconds(row["stage_seconds"]["attention"]) for row in rows],
         "stage: network": [_seconds(row["stage_seconds"]["network"]) for row in rows],
         "stage: experts": [_seconds(row["stage_seconds"]["ffn"]) for row in rows],

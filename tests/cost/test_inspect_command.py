@@ -57,8 +57,18 @@ def test_every_point_of_contexts_and_batches():
 def test_table_of_every_shipped_name(name):
     result = run(name.upper(), "--attention-on", "h20", "--experts-on", "h800")
     assert result.exit_code == 0, result.output
-    for words in (name, "main model", "KV cache", "attention FLOPs per token", "network bytes per token"):
+    for words in (name, "main model", "KV cache", "attention FLOPs per token", "network bytes / token"):
         assert words in result.stdout
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_fit_the_console(width):
+    """Nothing is cut off, however many models there are: they go on below one another."""
+    arguments = ["inspect", *shipped_names(), "--attention-on", "h20", "--experts-on", "h800"]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": str(width)})
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= width and "…" not in result.stdout
+    assert result.stdout.count("in bf16: a decode step") + result.stdout.count("in fp8: a decode step") == 10
 
 
 def test_folder_and_file(tmp_path):
