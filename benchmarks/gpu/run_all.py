@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # V3's shapes in the experts benchmark: 256 experts of 2048 x 7168, 8 per token (22.5 GB a layer in bfloat16).
 QUEUE = [
     ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests"],
+    ["benchmarks/gpu/expert_kernels.py", "--seconds", "150"],
     ["benchmarks/decode.py", "--device", "cuda", "--contexts", "256", "4096", "16384", "32768"],
     ["benchmarks/experts.py", "--device", "cuda", "--dtypes", "bfloat16", "--layers", "2"],
     ["benchmarks/experts.py", "--device", "cuda", "--dtypes", "bfloat16", "--layers", "1", "--experts", "256"]
