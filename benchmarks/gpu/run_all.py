@@ -18,6 +18,7 @@ QUEUE = [
     ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests"],
     ["benchmarks/gpu/linear_fp8.py", "--rows", "1", "16", "64", "4096"],
     ["benchmarks/gpu/mla_decode.py", "--contexts", "4096", "32768", "--batches", "1", "16"],
+    ["benchmarks/gpu/expert_kernels.py", "--seconds", "150"],
     ["benchmarks/decode.py", "--device", "cuda", "--contexts", "256", "4096", "16384", "32768"],
     ["benchmarks/experts.py", "--device", "cuda", "--dtypes", "bfloat16", "--layers", "2"],
     ["benchmarks/experts.py", "--device", "cuda", "--dtypes", "bfloat16", "--layers", "1", "--experts", "256"]
