@@ -33,7 +33,7 @@ from transformers.generation import (
 
 from .generation_rows import RowCache, SingleLayerCache, check_cache, pick
 from .generation_sampling import AllowedTokens, Processing, accept_greedy, accept_sampled
-from .generation_schedule import DEFAULT_DRAFT_TOKENS, SCHEDULES, DraftSchedule, SpeculationReport
+from .generation_schedule import DEFAULT_CONFIDENCE, DEFAULT_DRAFT_TOKENS, SCHEDULES, DraftSchedule, SpeculationReport
 from .layer_experts import Experts
 
 # While drafting pauses, MTP caches are brought up to date once so many slots have come together.
@@ -81,10 +81,10 @@ class MTPGenerationMixin(GenerationMixin):
                 same distribution, for any batch size.
             num_assistant_tokens: most drafts per step (default 4); may exceed the number of MTP layers.
             num_assistant_tokens_schedule: `"adaptive"` (default: learns how many pay, down to none), `"constant"`, or
-                one of Transformers' heuristic ones. When sampling, only acceptance is learned and not time, so
-                that a seed gives the same text again.
+                one of Transformers' heuristic ones. What greedy search learns is kept for later calls; sampling
+                learns acceptance alone and begins anew, so that a seed gives the same text again.
             assistant_confidence_threshold: stop drafting where the most likely draft of every row has less than this
-                probability (default 0: never).
+                probability (default 0.3 with the adaptive schedule; 0, which is never, with the others).
             return_dict_in_generate: the output then has `speculation`, a `SpeculationReport`.
 
         Raises:
@@ -107,10 +107,14 @@ class MTPGenerationMixin(GenerationMixin):
             return super().generate(**arguments)
         self._check_mtp_options(arguments, option)
         cache = arguments.get("past_key_values")
+        schedule = option("num_assistant_tokens_schedule") or "adaptive"
+        threshold = option("assistant_confidence_threshold")
+        if threshold is None:
+            threshold = DEFAULT_CONFIDENCE if schedule == "adaptive" else 0.0
         settings = _Settings(
             num_assistant_tokens=option("num_assistant_tokens") or DEFAULT_DRAFT_TOKENS,
-            schedule=option("num_assistant_tokens_schedule") or "adaptive",
-            confidence_threshold=option("assistant_confidence_threshold") or 0.0,
+            schedule=schedule,
+            confidence_threshold=threshold,
             streamer=arguments.get("streamer"),
             cache_is_given=cache is not None,
         )
@@ -221,9 +225,7 @@ class MTPDecoding:
         self.processing = Processing(logits_processor, input_ids.shape[0])
         self.do_sample = bool(generation_config.do_sample)
         self.report = SpeculationReport()
-        self.schedule = DraftSchedule(
-            settings.num_assistant_tokens, settings.schedule, draft_cost_ratio(model), timed=not self.do_sample
-        )
+        self.schedule = self._schedule(input_ids.shape[0])
         self.max_length = stopping_criteria.max_length
         self.criteria = [c for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
         ends = [c.eos_token_id.tolist() for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
@@ -238,6 +240,14 @@ class MTPDecoding:
         self.scores = [[] for _ in range(self.batch)] if returns and generation_config.output_scores else None
         self.logits = [[] for _ in range(self.batch)] if returns and generation_config.output_logits else None
         self.emitted = 0
+
+    def _schedule(self, batch: int) -> DraftSchedule:
+        """A new schedule; or, where it learns from times, the one that earlier calls with such a batch have taught."""
+        count, kind = self.settings.num_assistant_tokens, self.settings.schedule
+        schedule = DraftSchedule(count, kind, draft_cost_ratio(self.model), timed=not self.do_sample)
+        if kind != "adaptive" or self.do_sample:
+            return schedule
+        return self.model.__dict__.setdefault("_draft_schedules", {}).setdefault((batch, count), schedule)
 
     # --- the prompt -------------------------------------------------------------------------------------------------
 

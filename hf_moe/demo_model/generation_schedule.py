@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 SCHEDULES = ("adaptive", "constant", "heuristic", "heuristic_transient")
 # Drafts per step where the caller does not say.
 DEFAULT_DRAFT_TOKENS = 4
+# Probability of the most likely draft below which the adaptive schedule does not have it checked.
+DEFAULT_CONFIDENCE = 0.3
 # Acceptance of a first draft before any was seen, and how many observations that guess weighs.
 _PRIOR_ACCEPTANCE, _PRIOR_WEIGHT = 0.7, 1.5
 # A second draft is taken for this much less likely than the first, until it was tried.

@@ -136,6 +136,10 @@ class MoePreTrainedModel(PreTrainedModel):
         parts = upstream_parts(stem, shape[0]) if shape else ()
         return [(part, (shape[1] // share, shape[2])) for part, share in parts]
 
+    def join_sharded(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The tensors of a checkpoint for a model whose parameters are sharded, joined where a slice spans several."""
+        return tensors
+
     # --- MTP layers: families that have them override these -----------------------------------------------------
 
     def resize_mtp_layers(self, count: int) -> None:
@@ -281,6 +285,8 @@ class MoePreTrainedModel(PreTrainedModel):
             if options.get("renamed") or not as_stored or not (to_disk or is_deepspeed_zero3_enabled()):
                 # Offloading to disk refers to plain files where they lie, and ZeRO-3 reads them itself.
                 state_dict, checkpoint_files = defer_experts(tensors), None
+                if any(hasattr(parameter, "placements") for parameter in model.parameters()):
+                    state_dict = model.join_sharded(state_dict)
         info = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         for table, weight in options.get("host_weights", {}).items():  # to the loader they are no tensors of the model
             table.weight = weight
