@@ -1,7 +1,7 @@
-"""Text from any DeepSeek-V2, DeepSeek-V3 or Kimi-K2 checkpoint: an upstream folder, one of ours, or a Hub id.
+"""Text from any checkpoint of the supported families: an upstream folder, one of ours, or a Hub id.
 
 python examples/generate.py                                  # the demo model that the package ships
-python examples/generate.py path/to/DeepSeek-V3 --prompt "The capital of France is" --max-new-tokens 32
+python examples/generate.py path/to/DeepSeek-V3 --prompt "The capital of France is" --max-new-tokens 32 --use-mtp
 """
 
 import argparse
@@ -18,8 +18,9 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", default=str(DEMO_MODEL))
     parser.add_argument("--prompt", default="def read_lines(path):")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32; FP8 and INT4 are dequantised to it")
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32; of what is not FP8")
     parser.add_argument("--device-map", default="auto", help="where the layers go; auto fills GPUs, then memory")
+    parser.add_argument("--use-mtp", action="store_true", help="speculate with the checkpoint's MTP layers")
     args = parser.parse_args()
 
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -27,7 +28,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False, streamer=streamer)
+    options = {"max_new_tokens": args.max_new_tokens, "do_sample": False, "streamer": streamer}
+    output = model.generate(**inputs, **options, use_mtp=args.use_mtp, return_dict_in_generate=True)
+    if args.use_mtp:
+        print(output.speculation)
 
 
 if __name__ == "__main__":

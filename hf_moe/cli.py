@@ -12,7 +12,7 @@ from .demo import run_demo
 from .inspect.command import run_inspect, run_route
 
 app = typer.Typer(
-    help="DeepSeek-V2, DeepSeek-V3 and Kimi-K2 in plain Transformers.", no_args_is_help=True, add_completion=False
+    help="DeepSeek-V2/V3, Kimi-K2, Step3 and LongCat in plain Transformers.", no_args_is_help=True, add_completion=False
 )
 
 
@@ -28,7 +28,7 @@ def main(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """DeepSeek-V2, DeepSeek-V3 and Kimi-K2 in plain Transformers."""
+    """DeepSeek-V2/V3, Kimi-K2, Step3 and LongCat in plain Transformers."""
 
 
 @app.command()
