@@ -122,7 +122,7 @@ def test_trained_model(demo, batch, count):
     assert report.drafted_by_position[0] >= report.drafted_by_position[-1] > 0
 
 
-@pytest.mark.parametrize("case", ["v3_basic", "v3_mtp2"])
+@pytest.mark.parametrize("case", ["v3_basic", "v3_mtp2", "v3_fp8", "longcat_flash", "longcat_fp8"])
 def test_golden_checkpoints(case):
 
     model = AutoModelForCausalLM.from_pretrained(GOLDENS / case, dtype=torch.float32).eval()
