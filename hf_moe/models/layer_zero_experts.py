@@ -40,6 +40,7 @@ class ZeroExpertMoE(nn.Module):
         self.experts = Experts(config)
         # What tells Transformers' own backends that ids behind the last expert are to be skipped.
         self.experts._is_expert_parallel = True
+        self.num_real_experts = config.n_routed_experts  # of all ranks; `experts` may hold those of one
         self.has_identity = config.zero_expert_num > 0 and config.zero_expert_type == "identity"
 
     def forward(
@@ -52,10 +53,11 @@ class ZeroExpertMoE(nn.Module):
         if topk_weights is None:
             topk_weights, topk_indices = self.route(hidden_states)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        num_real = self.experts.num_experts
-        is_zero = topk_indices >= num_real  # (T, K)
+        is_zero = topk_indices >= self.num_real_experts  # (T, K)
         # Their weights, too: older Transformers take the last expert for an id behind it, at no weight.
-        output = self.experts(tokens, topk_indices.clamp_max(num_real), topk_weights.masked_fill(is_zero, 0.0))
+        output = self.experts(
+            tokens, topk_indices.clamp_max(self.num_real_experts), topk_weights.masked_fill(is_zero, 0.0)
+        )
         if self.has_identity:
             weight = (topk_weights * is_zero).sum(-1, keepdim=True)  # (T, 1)
             output = (output + weight * tokens).to(hidden_states.dtype)  # added in float32, rounded once
@@ -81,4 +83,4 @@ class ZeroExpertMoE(nn.Module):
         if counts is None:
             raise ValueError("There is no expert load yet: run a forward pass first.")
         tokens = counts.sum().item() // self.router.top_k
-        return ExpertLoad(counts[: self.experts.num_experts], counts[self.experts.num_experts :], tokens)
+        return ExpertLoad(counts[: self.num_real_experts], counts[self.num_real_experts :], tokens)
