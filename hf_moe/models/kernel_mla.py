@@ -42,7 +42,7 @@ def mla_tile(num_rows: int, capability: tuple[int, int], per_query: bool = False
     if per_query and capability == (9, 0):
         block_m = min(block_m, 32)
     block_n = 16 if capability[0] == 8 and block_m > 16 else 32
-    return MlaTile(block_m, block_n, 8 if block_m >= 32 else 4, 3)
+    return MlaTile(block_m, block_n, 8 if block_m >= 32 else 4, 2 if capability[0] == 10 else 3)
 
 
 def split_count(context: int, programs: int, processors: int, block_n: int) -> int:
