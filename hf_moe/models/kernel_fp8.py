@@ -308,6 +308,8 @@ def linear_tile(
         # float32 products take registers for their operands, too.
         block_m = 32 if dtype == torch.float32 else 64 if num_rows <= 128 else 128
     tile = product_tile(block_m, dtype, weight, capability)
+    if tile.block_n > SCALE_BLOCK:  # a step takes one scale of the weight
+        tile = Tile(block_m, SCALE_BLOCK, SCALE_BLOCK, 8, 3, 2)
     if transposed and capability[0] == 8 and block_m == 128:  # widened by bits, against the grain: more registers
         return tile._replace(block_n=64)
     return tile
