@@ -257,3 +257,12 @@ def test_a_model_on_kernels_gives_the_golden_logits(monkeypatch):
     embeds.grad = None
     model(inputs_embeds=embeds).logits.square().sum().backward()
     assert_close("gradient", on_kernels, embeds.grad, "float32_grad")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8], ids=str)
+def test_no_tile_spans_two_scales(dtype, capability):
+    for rows in (1, 16, 17, 64, 129, 4096):
+        for transposed in (False, True):
+            tile = kernel_fp8.linear_tile(rows, dtype, kernel_fp8.FP8_BITS, capability, transposed)
+            assert 128 % tile.block_n == 0 and 128 % tile.block_k == 0
