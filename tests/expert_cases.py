@@ -144,6 +144,8 @@ def make_case(
         random(experts, 2 * inter, hidden) * hidden**-0.5,
         random(experts, hidden, inter) * inter**-0.5,
     )
+    if dtype == torch.float64:
+        case.topk_weights = case.topk_weights.double()
     if weights == "plain":
         case.gate_up_proj, case.down_proj = case.gate_up_proj.to(dtype), case.down_proj.to(dtype)
     else:

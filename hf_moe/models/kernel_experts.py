@@ -85,11 +85,8 @@ def product_tile(block_m: int, dtype: torch.dtype, weight: int, capability: tupl
         # A step reads 64 weight rows of 256 bytes (128 in FP8); the programs of a multiprocessor keep ~100 KiB coming.
         return Tile(16, 64, 128, 4, 3 if small_memory else 4, 0)
     if dtype == torch.float8_e4m3fn:
-        # A step spans a block of scales. On 9.0 the large tile of gate and up keeps two sums, see `product_pair`.
-        stages = 2 if small_memory else 3
-        if block_m == 64:
-            return Tile(64, 128, 128, 4, stages, 2)
-        return Tile(128, 256 if capability[0] == 9 else 128, 128, 8, stages, 1)
+        stages = 2 if small_memory else 3  # a step spans a block of scales
+        return Tile(64, 128, 128, 4, stages, 2) if block_m == 64 else Tile(128, 128, 128, 8, stages, 1)
     if weight != PLAIN:
         return Tile(64, 128, 64, 4, 3, 2) if block_m == 64 else Tile(128, 128, 64, 8, 3, 1)
     if block_m == 64:
@@ -148,7 +145,7 @@ def load_k(ptrs, k, limit: tl.constexpr, EVEN_K: tl.constexpr, axis: tl.constexp
     if EVEN_K:
         tile = tl.load(ptrs)
     else:
-        tile = tl.load(ptrs, mask=tl.expand_dims(k < limit, axis), other=0)
+        tile = tl.load(ptrs, mask=tl.expand_dims(k < limit, axis), other=0.0)
     return tile
 
 
@@ -160,9 +157,9 @@ def load_weight(ptrs, k, limit: tl.constexpr, EVEN_K: tl.constexpr, columns, COL
     if COLUMNS == 0:
         tile = load_k(ptrs, k, limit, EVEN_K, 1)
     elif EVEN_K:
-        tile = tl.load(ptrs, mask=(columns < COLUMNS)[None, :], other=0)
+        tile = tl.load(ptrs, mask=(columns < COLUMNS)[None, :], other=0.0)
     else:
-        tile = tl.load(ptrs, mask=(k < limit)[:, None] & (columns < COLUMNS)[None, :], other=0)
+        tile = tl.load(ptrs, mask=(k < limit)[:, None] & (columns < COLUMNS)[None, :], other=0.0)
     return tile
 
 
@@ -574,7 +571,10 @@ def gate_up(
     """Sorted rows (N, I) of silu(gate) * up, and (N, 2I) of gate and up if `save_pre`."""
     (tokens, hidden), inter, device = hidden_states.shape, weight.shape[1] // 2, hidden_states.device
     kind = weight_kind(weight)
-    tile = product_tile(layout.block_m, hidden_states.dtype, kind, compute_capability(device))
+    capability = compute_capability(device)
+    tile = product_tile(layout.block_m, hidden_states.dtype, kind, capability)
+    if x_scale is not None and tile.block_m == 128 and capability[0] == 9 and hidden_states.numel() < 1 << 31:
+        tile = tile._replace(block_n=2 * SCALE_BLOCK)  # see `product_pair`
     out = torch.empty(tokens * top_k, inter, dtype=out_dtype, device=device)
     pre = torch.empty(tokens * top_k, 2 * inter, dtype=out_dtype, device=device) if save_pre else None
     grid, options = launch_options(tile, layout, 2 * inter, device)
@@ -636,8 +636,6 @@ def multiply_rows(
     tile = product_tile(layout.block_m, rows.dtype, kind, compute_capability(device))
     if out_features <= 64:
         tile = tile._replace(block_n=max(16, next_power_of_2(out_features)), block_k=min(tile.block_k, 64))
-    if kind != PLAIN:  # one block of scales at a time
-        tile = tile._replace(block_n=min(tile.block_n, SCALE_BLOCK))
     if kind == PLAIN or inner % (parts * SCALE_BLOCK) == 0:
         parts = 1  # one piece, or its blocks follow one another
     out = torch.empty(layout.order.numel(), out_features, dtype=out_dtype, device=device)

@@ -182,12 +182,13 @@ def linear_kernel(
         rows = tl.minimum(rows, num_rows - 1).to(tl.int64)  # rows and columns past the end repeat the last one
         columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = tl.minimum(columns, OUT - 1).to(tl.int64)
+        places = columns if TRANSPOSED else inside  # neighbours in memory must stay neighbours
         k = tl.arange(0, BLOCK_K)
         acc = product(
             tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
             x_ptr + rows[:, None] * DEPTH + start + k[None, :],
             x_scale_ptr + rows * GRID_K + start // _SCALE_BLOCK if X_FP8 else None,
-            weight_ptr + inside[None, :] * STRIDE_N + (start + k[:, None]).to(tl.int64) * STRIDE_K,
+            weight_ptr + (places[None, :] * STRIDE_N + (start + k[:, None]).to(tl.int64) * STRIDE_K),
             scale_ptr + n * BLOCK_N // _SCALE_BLOCK * SCALE_N + start // _SCALE_BLOCK * SCALE_K,
             columns,
             PIECE,
@@ -200,6 +201,8 @@ def linear_kernel(
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
+            columns,
+            OUT if TRANSPOSED and OUT % BLOCK_N else 0,
         )
         if HAS_BIAS:
             acc += tl.load(bias_ptr + inside).to(tl.float32)[None, :]

@@ -17,8 +17,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .kernel_experts import SCALE_BLOCK, combine, gate_up, multiply_rows, tile_rows
 from .kernel_experts_backward import inner_grad, sum_outer
+from .kernel_fp8 import quantize_rows as quantize_on_kernel
 from .kernel_routing import Layout, build_layout
-from .triton_compat import runs_kernels
+from .op_experts_cpu import experts_cpu_training
+from .op_quant import dequantize_rows, quantize_rows
+from .triton_compat import converts_fp8, runs_kernels
 
 # Rows of slots are summed in float32; above so many bytes they wait for it in the dtype of the model.
 _MAX_WIDE_BYTES = 64 << 20
@@ -84,6 +87,12 @@ def expert_weight(weight: torch.Tensor, scale: torch.Tensor | None, expert: int,
     return torch.cat(pieces)
 
 
+def _as_quantized(rows: torch.Tensor, ue8m0: bool) -> torch.Tensor:
+    """The values that quantised rows stand for; the gradient passes as if they were the rows."""
+    values = dequantize_rows(*quantize_rows(rows.detach(), ue8m0=ue8m0)).to(rows.dtype)
+    return rows + (values - rows).detach()
+
+
 def experts_torch(
     hidden_states: torch.Tensor,
     topk_indices: torch.Tensor,
@@ -93,26 +102,30 @@ def experts_torch(
     gate_up_scale: torch.Tensor | None = None,
     down_scale: torch.Tensor | None = None,
     lora: ExpertLora | None = None,
+    quantize: bool | None = None,
+    ue8m0: bool = False,
 ) -> torch.Tensor:
     """The definition of `experts`, in float32 (float64 for float64 tokens) from the inputs as they are; gradients by
-    autograd. Waits for the device."""
+    autograd. Waits for the device. `quantize=None` does not quantise."""
     wide = torch.promote_types(hidden_states.dtype, torch.float32)
     lora = lora or ExpertLora()
     hidden = hidden_states.to(wide)
     dropped = hidden if lora.kept_hidden is None else hidden * lora.kept_hidden * lora.kept_factor
+    multiplied = _as_quantized(hidden, ue8m0) if quantize else hidden
     output = torch.zeros_like(hidden)
     top_k = topk_indices.shape[1]
     for expert in range(gate_up_proj.shape[0]):
         token, choice = torch.where(topk_indices == expert)
         if token.numel() == 0:
             continue
-        pre = F.linear(hidden[token], expert_weight(gate_up_proj, gate_up_scale, expert, 2).to(wide))  # (rows, 2I)
+        pre = F.linear(multiplied[token], expert_weight(gate_up_proj, gate_up_scale, expert, 2).to(wide))  # (rows, 2I)
         if lora.gate_up_a is not None:
             low = F.linear(dropped[token], lora.gate_up_a[expert].to(wide))
             pre = pre + lora.gate_up_scaling * F.linear(low, lora.gate_up_b[expert].to(wide))
         gate, up = pre.chunk(2, dim=-1)
         inner = F.silu(gate) * up  # (rows, I)
-        rows = F.linear(inner, expert_weight(down_proj, down_scale, expert).to(wide))  # (rows, H)
+        rows = _as_quantized(inner, ue8m0) if quantize else inner
+        rows = F.linear(rows, expert_weight(down_proj, down_scale, expert).to(wide))  # (rows, H)
         if lora.down_a is not None:
             if lora.kept_inner is not None:
                 inner = inner * lora.kept_inner[token * top_k + choice] * lora.kept_factor
@@ -133,6 +146,8 @@ class _Plan:
     gate_up_scale: torch.Tensor | None
     down_scale: torch.Tensor | None
     lora: ExpertLora
+    quantize: bool = False
+    ue8m0: bool = False
 
 
 def _rows_dtype(dtype: torch.dtype, num_slots: int, hidden: int) -> torch.dtype:
@@ -157,13 +172,15 @@ def _forward(hidden, topk_weights, gate_up_proj, down_proj, factors, plan: _Plan
     if gate_up_a is not None:
         options = {"gather": True, "alpha": lora.gate_up_scaling, "out_dtype": dtype}
         low = multiply_rows(dropped, gate_up_a, None, layout, top_k, **options)  # (N, R)
+    rows, x_scale = quantize_on_kernel(hidden, plan.ue8m0) if plan.quantize else (hidden, None)
     inner, pre = gate_up(
-        hidden,
+        rows,
         gate_up_proj,
         plan.gate_up_scale,
         layout,
         top_k,
         out_dtype=dtype,
+        x_scale=x_scale,
         save_pre=save,
         low=low,
         lora_b=gate_up_b,
@@ -173,8 +190,10 @@ def _forward(hidden, topk_weights, gate_up_proj, down_proj, factors, plan: _Plan
         low_inner = multiply_rows(rows, down_a, None, layout, top_k, alpha=lora.down_scaling, out_dtype=dtype)
         del rows
     rows_dtype = _rows_dtype(dtype, tokens * top_k, hidden.shape[1])
+    # Rows of no expert are quantised as memory holds them, and read by nobody.
+    inner, x_scale = quantize_on_kernel(inner, plan.ue8m0) if plan.quantize else (inner, None)
     options = {"to_slots": True, "factors": topk_weights, "out_dtype": rows_dtype, "low": low_inner, "lora": down_b}
-    rows = multiply_rows(inner, down_proj, plan.down_scale, layout, top_k, **options)
+    rows = multiply_rows(inner, down_proj, plan.down_scale, layout, top_k, x_scale=x_scale, **options)
     output = combine(rows, plan.topk_indices, num_experts, dtype)
     return output, (layout, pre, low, low_inner)
 
@@ -270,7 +289,8 @@ def _grad_hidden(grad_pre, low_pre, gate_up_proj, gate_up_a, plan: _Plan, layout
     return grad
 
 
-def _check(hidden, topk_indices, topk_weights, gate_up_proj, down_proj, gate_up_scale, down_scale, lora) -> None:
+def _check(hidden, topk_indices, topk_weights, weights: tuple, lora: ExpertLora, quantize: bool | None) -> None:
+    gate_up_proj, down_proj, gate_up_scale, down_scale = weights
     tokens, width = hidden.shape
     num_experts, rows, columns = gate_up_proj.shape
     inter = down_proj.shape[2]
@@ -283,6 +303,8 @@ def _check(hidden, topk_indices, topk_weights, gate_up_proj, down_proj, gate_up_
         raise ValueError(
             f"topk_indices {tuple(topk_indices.shape)} and topk_weights {tuple(topk_weights.shape)} for {tokens} tokens"
         )
+    if quantize and (gate_up_scale is None or down_scale is None):
+        raise ValueError("quantize=True needs FP8 weights: plain ones are multiplied with the tokens as they are")
     blocks = [-(-size // SCALE_BLOCK) for size in (inter, width)]
     for name, weight, scale, grid in (
         ("gate_up_proj", gate_up_proj, gate_up_scale, (num_experts, 2 * blocks[0], blocks[1])),
@@ -318,6 +340,8 @@ def experts(
     gate_up_scale: torch.Tensor | None = None,
     down_scale: torch.Tensor | None = None,
     lora: ExpertLora | None = None,
+    quantize: bool | None = False,
+    ue8m0: bool = False,
     impl: str | None = None,
 ) -> torch.Tensor:
     """Sum over a token's choices of weight * down(silu(gate(x)) * up(x)), on kernels where there are any.
@@ -331,7 +355,11 @@ def experts(
         gate_up_scale: (E, 2 * ceil(I / 128), ceil(H / 128)) float32 or float8_e8m0fnu, the gate's rows first.
         down_scale: (E, ceil(H / 128), ceil(I / 128)), likewise.
         lora: low-rank factors that go along.
-        impl: `"triton"` or `"torch"` (the definition); by the device if not given.
+        quantize: multiply FP8 weights with tokens and inner rows that were quantised in groups of 128 (W8A8; gradients
+            are those of the rows as they were). `None`: where that is faster, which is on devices that multiply FP8,
+            with enough tokens to be bound by arithmetic, and without a backward pass.
+        ue8m0: the scales of quantised rows are powers of two.
+        impl: `"triton"`, `"cpu"` (one expert after another) or `"torch"` (the definition); by the device if not given.
 
     Returns (T, H) in the dtype of the tokens, differentiable in tokens, routing weights, weights that are no FP8, and
     factors. On kernels, the same inputs give the same bits, and nothing waits for the device.
@@ -339,16 +367,10 @@ def experts(
     Raises:
         ValueError: if shapes or dtypes do not belong together.
     """
-    _check(
-        hidden_states,
-        topk_indices,
-        topk_weights,
-        gate_up_proj,
-        down_proj,
-        gate_up_scale,
-        down_scale,
-        lora or ExpertLora(),
-    )
+    weights = (gate_up_proj, down_proj, gate_up_scale, down_scale)
+    _check(hidden_states, topk_indices, topk_weights, weights, lora or ExpertLora(), quantize)
+    if impl is None and hidden_states.device.type == "cpu":
+        impl = "torch" if quantize else "cpu"
     impl = impl or ("triton" if runs_kernels(hidden_states.device) else "torch")
     tensors = (topk_weights, gate_up_proj, down_proj, *(lora.factors if lora else ()))
     if hidden_states.shape[0] == 0:
@@ -356,14 +378,24 @@ def experts(
         trained = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
         return sum((tensor[:0].sum().to(hidden_states.dtype) for tensor in trained), hidden_states.clone())
     if impl == "torch":
-        return experts_torch(
-            hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, gate_up_scale, down_scale, lora
-        )
+        return experts_torch(hidden_states, topk_indices, topk_weights, *weights, lora, quantize, ue8m0)
     lora = lora or ExpertLora()
-    plan = _Plan(topk_indices.contiguous(), _contiguous(gate_up_scale), _contiguous(down_scale), lora)
+    if impl == "cpu":
+        with_grad = torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in (hidden_states, *tensors)
+        )
+        return experts_cpu_training(hidden_states, topk_indices, topk_weights, weights, lora, with_grad)
     inputs = [tensor.contiguous() for tensor in (hidden_states, topk_weights, gate_up_proj, down_proj)]
     factors = [factor if factor is None else factor.to(hidden_states.dtype).contiguous() for factor in lora.factors]
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (*inputs, *factors)):
+    with_grad = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (*inputs, *factors)
+    )
+    if quantize is None:
+        many = tile_rows(topk_indices.numel(), gate_up_proj.shape[0], hidden_states.dtype) == 128
+        quantize = many and not with_grad and gate_up_scale is not None and converts_fp8(hidden_states.device)
+    scales = (_contiguous(gate_up_scale), _contiguous(down_scale))
+    plan = _Plan(topk_indices.contiguous(), *scales, lora, quantize, ue8m0)
+    if with_grad:
         return _Experts.apply(*inputs, plan, *factors)
     return _forward(*inputs, factors, plan, save=False)[0]
 
@@ -404,15 +436,21 @@ def experts_on_kernels(
     module: torch.nn.Module, hidden_states: torch.Tensor, topk_indices: torch.Tensor, topk_weights: torch.Tensor
 ) -> torch.Tensor:
     """`experts` with the weights of an experts module for which `why_not_kernels` says nothing."""
-    if module.down_proj.dtype in KERNEL_DTYPES:
-        hidden_states = hidden_states.to(module.down_proj.dtype)  # autocast leaves a float32 norm output here
+    device, dtype = hidden_states.device.type, module.down_proj.dtype
+    fp8 = getattr(module, "fp8", None)
+    if fp8 is None:
+        hidden_states = hidden_states.to(dtype)  # autocast leaves a float32 norm output here
+    elif torch.is_autocast_enabled(device):
+        hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
+    quantize = False if fp8 is None or not fp8.dynamic else module.quantize_activations
     scales = (getattr(module, f"{name}_scale_inv", None) for name in ("gate_up_proj", "down_proj"))
     inputs = (hidden_states, topk_indices, topk_weights, module.gate_up_proj, module.down_proj, *scales)
+    options = {"quantize": quantize, "ue8m0": fp8 is not None and fp8.ue8m0}
     if not torch.compiler.is_compiling():
-        return experts(*inputs, impl="triton")
+        return experts(*inputs, **options, impl="triton")
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        return _experts_uncompiled(*inputs, impl="triton")
-    return _experts_op(*inputs)
+        return _experts_uncompiled(*inputs, **options, impl="triton")
+    return _experts_op(*inputs, **options)
 
 
 def triton_experts_forward(
@@ -435,13 +473,16 @@ def _experts_op(
     down_proj: torch.Tensor,
     gate_up_scale: torch.Tensor | None,
     down_scale: torch.Tensor | None,
+    quantize: bool | None,
+    ue8m0: bool,
 ) -> torch.Tensor:
     weights = (gate_up_proj, down_proj, gate_up_scale, down_scale)
-    return experts(hidden_states, topk_indices, topk_weights, *weights, impl="triton")
+    options = {"quantize": quantize, "ue8m0": ue8m0}
+    return experts(hidden_states, topk_indices, topk_weights, *weights, **options, impl="triton")
 
 
 @_experts_op.register_fake
-def _(hidden_states, *args):
+def _(hidden_states, *args, **kwargs):
     return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
 
 

@@ -7,7 +7,8 @@ from testing import assert_close
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_moe.models.kernel_routing import build_layout, most_tiles
-from hf_moe.models.op_experts import TRITON_BACKEND_NAME, ExpertLora, experts, experts_torch
+from hf_moe.models.op_experts import TRITON_BACKEND_NAME, ExpertLora, expert_weight, experts, experts_torch
+from hf_moe.models.op_quant import dequantize_rows, quantize_rows
 from hf_moe.models.op_routing import build_layout_torch
 from hf_moe.models.op_routing import route as choose
 from hf_moe.models.triton_compat import INTERPRETING, runs_kernels
@@ -22,17 +23,20 @@ FEW = [Shape(1, 8, 2), Shape(33, 4, 2), Shape(150, 3, 2), Shape(17, 8, 2, "empty
 
 
 def format_of(dtype: torch.dtype, gradient: bool = False) -> str:
-    return f"{str(dtype).removeprefix('torch.')}_experts{'_grad' if gradient and dtype != torch.float32 else ''}"
+    low = dtype in (torch.bfloat16, torch.float16)
+    return f"{str(dtype).removeprefix('torch.')}_experts{'_grad' if gradient and low else ''}"
 
 
-def compare(case, reference=experts_torch):
-    """Kernels against a reference in float64 where the reference allows it."""
+def compare(case, impl="triton"):
+    """Output and gradients against those of the definition."""
     dtype = case.hidden_states.dtype
-    expected = run_with_gradients(reference, case)
-    actual = run_with_gradients(lambda *arguments: experts(*arguments, impl="triton"), case)
+    expected = run_with_gradients(experts_torch, case)
+    actual = run_with_gradients(lambda *arguments: experts(*arguments, impl=impl), case)
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert_close(name, actual[name], tensor, format_of(dtype, "gradient" in name))
+        fmt = format_of(dtype, "gradient" in name)
+        # On the CPU every step between two products is rounded, too.
+        assert_close(name, actual[name], tensor, fmt.replace("_experts", "") if impl == "cpu" else fmt)
     return actual
 
 
@@ -70,6 +74,26 @@ def test_definition_with_lora_is_that_of_merged_weights():
     case.gate_up_proj = case.gate_up_proj + lora.gate_up_scaling * lora.gate_up_b @ lora.gate_up_a
     case.down_proj = case.down_proj + lora.down_scaling * lora.down_b @ lora.down_a
     assert_close("output", output, double_loop(case), "float64")
+
+
+# --- on the CPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 4], ids=["plain", "lora"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [*FEW, Shape(500, 16, 6, "empty")], ids=str)
+def test_cpu_form(shape, dtype, rank, poisoned):
+    compare(make_case(shape, 72, 40, dtype, rank=rank), "cpu")
+
+
+@pytest.mark.parametrize("lora_on", [("gate_up", "down"), ("gate_up",), ("down",)], ids="+".join)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("weights", ["plain", "fp8", "fp8_ue8m0"])
+def test_cpu_form_with_lora(weights, dropout, lora_on, poisoned):
+    case = make_case(Shape(60, 4, 2, "skipped"), 136, 72, torch.float32, weights, 5, dropout, lora_on)
+    compare(case, "cpu")
+    with torch.no_grad():
+        assert_close("output", experts(*case.arguments()), experts_torch(*case.arguments()), "float32")
 
 
 # --- routing ----------------------------------------------------------------------------------------------------------
@@ -163,6 +187,49 @@ def test_fp8_weights(shape, dtype, weights, poisoned):
 
 
 @interpreted
+@pytest.mark.parametrize("ue8m0", [False, True], ids=["float32_scales", "ue8m0"])
+@pytest.mark.parametrize("shape", [Shape(3, 4, 2), Shape(30, 3, 2, "skipped"), Shape(130, 2, 1, "empty")], ids=str)
+def test_fp8_products_of_quantised_rows(shape, ue8m0, poisoned):
+    """W8A8 against float32 products of the same quantised values."""
+    case = make_case(shape, 264, 136, torch.float32, "fp8_ue8m0" if ue8m0 else "fp8", rank=4)
+    options = {"quantize": True, "ue8m0": ue8m0}
+    results = {
+        impl: run_with_gradients(lambda *args, impl=impl: experts(*args, **options, impl=impl), case)
+        for impl in ("torch", "triton")
+    }
+    for name, expected in results["torch"].items():
+        assert_close(name, results["triton"][name], expected, "fp8_experts")
+
+
+@interpreted
+def test_the_tile_of_two_blocks(monkeypatch):
+    """What compute capability 9.0 runs with many tokens: gate and up as two sums."""
+    from hf_moe.models import kernel_experts
+
+    monkeypatch.setattr(kernel_experts, "compute_capability", lambda device: (9, 0))
+    case = make_case(Shape(150, 2, 1), 264, 136, torch.float32, "fp8", rank=4)
+    layout = build_layout(case.topk_indices, 2, 128)
+    rows, scale = quantize_rows(case.hidden_states)
+    low = torch.randn(150, 4)
+    weights = (case.gate_up_proj, case.gate_up_scale)
+    options = {"out_dtype": torch.float32, "low": low, "lora_b": case.lora.gate_up_b, "save_pre": True}
+    inner, pre = kernel_experts.gate_up(rows, *weights, layout, 1, x_scale=scale, **options)
+    values = dequantize_rows(rows, scale)[layout.order]
+    experts_of_rows = case.topk_indices.flatten()[layout.order]
+    for expert in (0, 1):
+        here = experts_of_rows == expert
+        expected = values[here] @ expert_weight(*weights, expert, 2).T + low[here] @ case.lora.gate_up_b[expert].T
+        assert_close("gate and up", pre[here], expected, "fp8_experts")
+        gate, up = expected.chunk(2, -1)
+        assert_close("inner rows", inner[here], torch.nn.functional.silu(gate) * up, "fp8_experts")
+
+
+def test_quantised_rows_need_fp8_weights():
+    with pytest.raises(ValueError, match="FP8 weights"):
+        experts(*make_case(Shape(3, 2, 1), 40, 24).arguments(), quantize=True)
+
+
+@interpreted
 @pytest.mark.parametrize("lora_on", [("gate_up", "down"), ("gate_up",), ("down",)], ids="+".join)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("weights", ["plain", "fp8"])
@@ -184,10 +251,11 @@ def test_the_same_inputs_give_the_same_bits():
         assert torch.equal(tensor, second[name]), name
 
 
-@interpreted
+@pytest.mark.parametrize("impl", ["cpu", pytest.param("triton", marks=interpreted)])
+@pytest.mark.parametrize("rank", [0, 4], ids=["plain", "lora"])
 @pytest.mark.parametrize("shape", [Shape(0, 8, 2), Shape(5, 8, 2, "nobody")], ids=str)
-def test_every_parameter_takes_part_without_work(shape):
-    results = run_with_gradients(lambda *args: experts(*args, impl="triton"), make_case(shape, 40, 24))
+def test_every_parameter_takes_part_without_work(shape, rank, impl):
+    results = run_with_gradients(lambda *args: experts(*args, impl=impl), make_case(shape, 40, 24, rank=rank))
     assert not results.pop("output").any()
     for name, grad in results.items():
         assert grad is not None and not grad.any(), name
