@@ -108,7 +108,7 @@ def build_layout(topk_indices: torch.Tensor, num_experts: int, block_m: int) -> 
         E=num_experts,
         BINS=next_power_of_2(num_experts + 1),
         BLOCK_M=block_m,
-        CHUNK=min(_CHUNK, max(16, next_power_of_2(num_slots))),
+        CHUNK=_CHUNK if num_slots > 64 else 64,
         num_warps=4,
     )
     return layout
