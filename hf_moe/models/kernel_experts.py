@@ -277,6 +277,31 @@ def halves(tile, BLOCK_M: tl.constexpr, HALF: tl.constexpr):
 
 
 @jit
+def finish_gate_up(
+    gate,
+    up,
+    columns,
+    place,  # row tile, tiles_ptr, offsets_ptr, order_ptr, max_tiles
+    out_ptr,
+    pre_ptr,
+    I: tl.constexpr,  # noqa: E741
+    SAVE_PRE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """What `gate_up_kernel` does with two tiles of sums."""
+    m, tiles_ptr, offsets_ptr, order_ptr, max_tiles = place
+    # Read again: kept in registers across the product they would crowd out sums.
+    _, rows, _, valid = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
+    mask = valid[:, None] & (columns[None, :] < I)
+    if SAVE_PRE:
+        pre_ptrs = pre_ptr + rows[:, None] * (2 * I) + columns[None, :]
+        tl.store(pre_ptrs, narrow(gate, pre_ptr.dtype.element_ty), mask=mask)
+        tl.store(pre_ptrs + I, narrow(up, pre_ptr.dtype.element_ty), mask=mask)
+    out = gate / (1 + tl.exp(-gate)) * up
+    tl.store(out_ptr + rows[:, None] * I + columns[None, :], narrow(out, out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
 def gate_up_kernel(
     x_ptr,  # (T, H)
     x_scale_ptr,  # (T, ceil(H / 128)) float32 for FP8 rows, or unused
@@ -370,16 +395,8 @@ def gate_up_kernel(
                 factor_ptrs = lora_ptr + expert * (2 * I * R) + weight_rows * R
                 acc = lora_sum(acc, low_ptr, factor_ptrs, rows, R, BLOCK_R, 1)
             gate, up = halves(acc, BLOCK_M, HALF)
-        # Read again: kept in registers across the loop they would crowd out sums.
-        _, rows, _, valid = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
-        columns = n * HALF + tl.arange(0, HALF)
-        mask = valid[:, None] & (columns[None, :] < I)
-        if SAVE_PRE:
-            pre_ptrs = pre_ptr + rows[:, None] * (2 * I) + columns[None, :]
-            tl.store(pre_ptrs, narrow(gate, pre_ptr.dtype.element_ty), mask=mask)
-            tl.store(pre_ptrs + I, narrow(up, pre_ptr.dtype.element_ty), mask=mask)
-        out = gate / (1 + tl.exp(-gate)) * up
-        tl.store(out_ptr + rows[:, None] * I + columns[None, :], narrow(out, out_ptr.dtype.element_ty), mask=mask)
+        place = (m, tiles_ptr, offsets_ptr, order_ptr, max_tiles)
+        finish_gate_up(gate, up, n * HALF + tl.arange(0, HALF), place, out_ptr, pre_ptr, I, SAVE_PRE, BLOCK_M)
 
 
 @jit

@@ -124,14 +124,20 @@ def experts_torch(
             pre = pre + lora.gate_up_scaling * F.linear(low, lora.gate_up_b[expert].to(wide))
         gate, up = pre.chunk(2, dim=-1)
         inner = F.silu(gate) * up  # (rows, I)
-        rows = _as_quantized(inner, ue8m0) if quantize else inner
-        rows = F.linear(rows, expert_weight(down_proj, down_scale, expert).to(wide))  # (rows, H)
+        down = expert_weight(down_proj, down_scale, expert).to(wide)
+        rows, quantized = F.linear(inner, down), F.linear(_as_quantized(inner, ue8m0), down) if quantize else None
         if lora.down_a is not None:
             if lora.kept_inner is not None:
                 inner = inner * lora.kept_inner[token * top_k + choice] * lora.kept_factor
-            low = F.linear(inner, lora.down_a[expert].to(wide))
-            rows = rows + lora.down_scaling * F.linear(low, lora.down_b[expert].to(wide))
-        output = output.index_add(0, token, rows * topk_weights[token, choice].to(wide).unsqueeze(-1))
+            low = lora.down_scaling * F.linear(
+                F.linear(inner, lora.down_a[expert].to(wide)), lora.down_b[expert].to(wide)
+            )
+            rows, quantized = rows + low, quantized + low if quantize else None
+        weight = topk_weights[token, choice].to(wide).unsqueeze(-1)
+        rows = rows * weight  # (rows, H)
+        if quantize:  # in value; the gradients, also that of the weight, are those of the rows as they were
+            rows = rows + (quantized * weight - rows).detach()
+        output = output.index_add(0, token, rows)
     return output.to(hidden_states.dtype)
 
 
