@@ -13,16 +13,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# V3's shapes in the experts benchmark: 256 experts of 2048 x 7168, 8 per token (22.5 GB a layer in bfloat16).
 QUEUE = [
     ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests"],
+    ["benchmarks/gpu/expert_kernels.py", "--seconds", "150"],
     ["benchmarks/gpu/linear_fp8.py", "--rows", "1", "16", "64", "4096"],
     ["benchmarks/gpu/mla_decode.py", "--contexts", "4096", "32768", "--batches", "1", "16"],
     ["benchmarks/gpu/expert_kernels.py", "--seconds", "150"],
     ["benchmarks/decode.py", "--device", "cuda", "--contexts", "256", "4096", "16384", "32768"],
     ["benchmarks/experts.py", "--device", "cuda", "--dtypes", "bfloat16", "--layers", "2"],
-    ["benchmarks/experts.py", "--device", "cuda", "--dtypes", "bfloat16", "--layers", "1", "--experts", "256"]
-    + ["--top-k", "8", "--hidden", "7168", "--intermediate", "2048", "--tokens", "1", "16", "64", "4096"],
     # LongCat-Flash-Chat's shapes: 512 experts of 2048 x 6144, 12 per token (38.7 GB a layer; native has half more).
     ["benchmarks/longcat_moe.py", "--device", "cuda", "--dtypes", "bfloat16", "--hidden", "6144"]
     + ["--intermediate", "2048"],

@@ -241,7 +241,7 @@ def test_importing_hf_moe_registers_and_patches_nothing_else():
     # One attribute, under both spellings of the class.
     assert changed <= {wrapped, wrapped.replace("PreTrained", "Pretrained")}
     assert seen["added"] == [] and seen["auto"] == []
-    assert seen["backends"] == ["hf_moe"] and seen["lost backends"] == []
+    assert seen["backends"] == ["hf_moe", "hf_moe_triton"] and seen["lost backends"] == []
     assert seen["rope"] == [] and seen["attention"] == [] and seen["defaults"] is True
     assert all(module.startswith("hf_moe.models.modeling_") for module in seen["ours"])
 
