@@ -179,16 +179,17 @@ def linear_kernel(
         m, n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
         valid = rows < num_rows
-        rows = tl.minimum(rows, num_rows - 1).to(tl.int64)  # rows and columns past the end repeat the last one
+        rows = tl.minimum(rows, num_rows - 1).to(tl.int64)  # rows past the end repeat the last one
         columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = tl.minimum(columns, OUT - 1).to(tl.int64)
-        places = columns if TRANSPOSED else inside  # neighbours in memory must stay neighbours
+        inside = columns.to(tl.int64)
+        if not TRANSPOSED and OUT % BLOCK_N:
+            inside = tl.minimum(inside, OUT - 1)
         k = tl.arange(0, BLOCK_K)
         acc = product(
             tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
             x_ptr + rows[:, None] * DEPTH + start + k[None, :],
             x_scale_ptr + rows * GRID_K + start // _SCALE_BLOCK if X_FP8 else None,
-            weight_ptr + (places[None, :] * STRIDE_N + (start + k[:, None]).to(tl.int64) * STRIDE_K),
+            weight_ptr + (inside[None, :] * STRIDE_N + (start + k[:, None]).to(tl.int64) * STRIDE_K),
             scale_ptr + n * BLOCK_N // _SCALE_BLOCK * SCALE_N + start // _SCALE_BLOCK * SCALE_K,
             columns,
             PIECE,
@@ -205,7 +206,7 @@ def linear_kernel(
             OUT if TRANSPOSED and OUT % BLOCK_N else 0,
         )
         if HAS_BIAS:
-            acc += tl.load(bias_ptr + inside).to(tl.float32)[None, :]
+            acc += tl.load(bias_ptr + columns, mask=columns < OUT, other=0.0).to(tl.float32)[None, :]
         place = (split.to(tl.int64) * num_rows + rows[:, None]) * OUT + columns[None, :]
         mask = valid[:, None] & (columns[None, :] < OUT)
         tl.store(out_ptr + place, narrow(acc, out_ptr.dtype.element_ty), mask=mask)
@@ -298,13 +299,20 @@ def dequantize_block_fp8(weight: torch.Tensor, scale: torch.Tensor, dtype: torch
     return out
 
 
-def linear_tile(num_rows: int, dtype: torch.dtype, weight: int, capability: tuple[int, int]) -> Tile:
+def linear_tile(
+    num_rows: int, dtype: torch.dtype, weight: int, capability: tuple[int, int], transposed: bool = False
+) -> Tile:
     """The shipped tile for `num_rows` rows of `dtype`."""
     block_m = 16
     if num_rows > 16:
         # float32 products take registers for their operands, too.
         block_m = 32 if dtype == torch.float32 else 64 if num_rows <= 128 else 128
-    return product_tile(block_m, dtype, weight, capability)
+    tile = product_tile(block_m, dtype, weight, capability)
+    if tile.block_n > SCALE_BLOCK:  # a step takes one scale of the weight
+        tile = Tile(block_m, SCALE_BLOCK, SCALE_BLOCK, 8, 3, 2)
+    if transposed and capability[0] == 8 and block_m == 128:  # widened by bits, against the grain: more registers
+        return tile._replace(block_n=64)
+    return tile
 
 
 def split_count(depth: int, tiles: int, processors: int) -> int:
@@ -344,7 +352,7 @@ def multiply(
     out = torch.empty(num_rows, width, dtype=out_dtype, device=device)
     if out.numel() == 0:
         return out
-    tile = linear_tile(num_rows, rows.dtype, kind, compute_capability(device))
+    tile = linear_tile(num_rows, rows.dtype, kind, compute_capability(device), transposed)
     tiles = cdiv(num_rows, tile.block_m) * cdiv(width, tile.block_n)
     processors = num_processors(device)
     splits = split_count(depth, tiles, processors)

@@ -21,6 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .layer_experts import Experts
 from .layer_fp8 import Fp8Module, refuse_cast
 from .layer_router import TopkRouter, ZeroExpertRouter
+from .op_experts import TRITON_BACKEND_NAME
 from .op_fp8 import Fp8Format
 from .op_moe import BACKEND_NAME
 from .weights_experts import SCALE_SUFFIX, defer_experts, expert_index, upstream_parts
@@ -74,10 +75,10 @@ class MoePreTrainedModel(PreTrainedModel):
             ValueError: for a backend of Transformers that multiplies plain weights, where the weights are FP8.
         """
         name = super().get_correct_experts_implementation(requested_experts or BACKEND_NAME)
-        if name not in (BACKEND_NAME, "eager") and any(module.fp8 is not None for module in self._fp8_modules()):
+        if name not in (BACKEND_NAME, TRITON_BACKEND_NAME, "eager") and any(self._fp8_modules()):
             raise ValueError(
                 f"`experts_implementation={name!r}` multiplies plain weights, and this model's are FP8; use "
-                f"{BACKEND_NAME!r} or 'eager', or load with `dequantize=True`."
+                f"{BACKEND_NAME!r}, {TRITON_BACKEND_NAME!r} or 'eager', or load with `dequantize=True`."
             )
         return name
 
