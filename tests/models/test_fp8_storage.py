@@ -322,6 +322,21 @@ def test_what_cannot_be_quantised_on_load_is_refused(tmp_path):
         load(edited_golden(tmp_path, "v3_basic", edit), quantization_config=FineGrainedFP8Config())
 
 
+def test_a_new_model_of_an_fp8_configuration_is_saved_as_what_it_is(tmp_path):
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(golden(CASE)))
+    assert not fp8_modules(model)
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in read_config(tmp_path)
+
+
+def test_fp8_weights_outside_of_files_are_refused(kept):
+    config = AutoConfig.from_pretrained(golden(CASE))
+    with pytest.raises(ValueError, match="`state_dict` holds FP8 weights"):
+        type(kept).from_pretrained(None, config=config, state_dict=kept.state_dict())
+    with pytest.raises(ValueError, match="dequantize=True"):
+        load(tp_plan="auto")
+
+
 def test_a_stack_of_fp8_and_plain_experts_is_refused(tmp_path):
     name = "model.layers.1.mlp.experts.3.down_proj.weight"
 
