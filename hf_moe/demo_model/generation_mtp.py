@@ -314,8 +314,14 @@ class MTPDecoding:
         return states[:, -1:]
 
     def _run_model(self, **inputs) -> torch.Tensor:
+        inputs = {name: self._place(value) for name, value in inputs.items()}
         outputs = self.model.model(past_key_values=self.cache, use_cache=True, **inputs, **self.extra)
         return outputs.last_hidden_state
+
+    def _place(self, value: torch.Tensor | None) -> torch.Tensor | None:
+        """Moves an input to where the model takes it: prompts may be on the CPU. Offloaded models do it themselves."""
+        device = self.model.get_input_embeddings().weight.device
+        return value if value is None or device.type == "meta" else value.to(device)
 
     # --- drafting ---------------------------------------------------------------------------------------------------
 
@@ -378,11 +384,11 @@ class MTPDecoding:
     def _embed(self, layer: nn.Module, slots: torch.Tensor) -> torch.Tensor:
         """What an MTP layer takes for the tokens at these slots (B, n)."""
         slots = slots.to(self.device).clamp(max=self.tokens.shape[1] - 1)
-        embeds = self.model.mtp_embed(layer, self.tokens.gather(1, slots))
+        embeds = self.model.mtp_embed(layer, self._place(self.tokens.gather(1, slots)))
         if self.prompt_embeds is not None and self.mtp_caches[0].length + self.mtp_offset < self.prompt:
             rows = torch.tensor(self.rows, device=slots.device)
-            prompt = pick(self.prompt_embeds[rows], slots.clamp(max=self.prompt - 1))
-            embeds = torch.where((slots < self.prompt).unsqueeze(-1), prompt.to(embeds), embeds)
+            prompt = pick(self.prompt_embeds[rows], slots.clamp(max=self.prompt - 1)).to(embeds)
+            embeds = torch.where((slots < self.prompt).unsqueeze(-1).to(embeds.device), prompt, embeds)
         return embeds
 
     def _draft_token(self, layer: nn.Module, state: torch.Tensor, index: int, drafts_at: torch.Tensor) -> None:

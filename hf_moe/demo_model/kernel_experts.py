@@ -80,7 +80,7 @@ def product_tile(block_m: int, dtype: torch.dtype, weight: int, capability: tupl
     """
     small_memory = capability in ((8, 6), (8, 9)) or capability[0] == 12
     if dtype == torch.float32:
-        return Tile(16, 64, 32, 4, 3, 0) if block_m == 16 else Tile(block_m, 64, 32, 8, 3, 2)
+        return Tile(16, 64, 32, 4, 3, 0) if block_m == 16 else Tile(block_m, 64, 32, 8, 3, 2 if weight == PLAIN else 1)
     if block_m == 16:
         # A step reads 64 weight rows of 256 bytes (128 in FP8); the programs of a multiprocessor keep ~100 KiB coming.
         return Tile(16, 64, 128, 4, 3 if small_memory else 4, 0)
@@ -90,7 +90,7 @@ def product_tile(block_m: int, dtype: torch.dtype, weight: int, capability: tupl
     if weight != PLAIN:
         return Tile(64, 128, 64, 4, 3, 2) if block_m == 64 else Tile(128, 128, 64, 8, 3, 1)
     if block_m == 64:
-        return Tile(64, 128, 64, 4, 3, 2)
+        return Tile(64, 128, 64, 8 if capability[0] == 8 else 4, 3, 2)
     if capability[0] == 8 or small_memory:
         return Tile(128, 128, 64 if not small_memory else 32, 8, 3, 1)
     return Tile(128, 256, 64, 8, 4, 1)
@@ -653,6 +653,7 @@ def multiply_rows(
     tile = product_tile(layout.block_m, rows.dtype, kind, compute_capability(device))
     if out_features <= 64:
         tile = tile._replace(block_n=max(16, next_power_of_2(out_features)), block_k=min(tile.block_k, 64))
+        tile = tile._replace(warps=4 if tile.block_m <= 64 else tile.warps)
     if kind == PLAIN or inner % (parts * SCALE_BLOCK) == 0:
         parts = 1  # one piece, or its blocks follow one another
     out = torch.empty(layout.order.numel(), out_features, dtype=out_dtype, device=device)

@@ -238,8 +238,10 @@ def inner_grad(
     slots = layout.order.numel()
     kind = weight_kind(weight)
     tile = product_tile(layout.block_m, grad_output.dtype, kind, compute_capability(device))
-    if tile.block_n > 128:  # the epilogue works on five tiles at once
+    if tile.block_n > 128:  # what follows the product needs the registers
         tile = tile._replace(block_n=128)
+    if compute_capability(device)[0] >= 10 and tile.block_m == 64:
+        tile = tile._replace(block_n=64)
     grad_pre = torch.empty_like(pre)
     inner = pre.new_empty(slots, inter) if save_inner else None
     shares = torch.empty(slots, cdiv(inter, tile.block_n), dtype=torch.float32, device=device)

@@ -260,6 +260,8 @@ class MoePreTrainedModel(PreTrainedModel):
             config, quantization_config = _split_quantization(
                 config, kwargs.pop("quantization_config", None), kwargs.pop("dequantize", False)
             )
+            if isinstance(quantization_config, BlockFp8Config):
+                _refuse_for_fp8(kwargs)
             config.load_options.update(
                 source=path,
                 check_names=kwargs.get("key_mapping") is None,
@@ -303,6 +305,8 @@ class MoePreTrainedModel(PreTrainedModel):
         """
         if self.is_remote_code():
             self.config.auto_map = dict(self.config.remote_code_map)
+        if not any(self._fp8_modules()):
+            _drop_fp8_config(self.config)  # of a model that was made from the configuration of an FP8 checkpoint
         arguments = {"is_main_process": is_main_process, "state_dict": state_dict, **kwargs}
         if getattr(self, "_hf_peft_config_loaded", False) or kwargs.get("distributed_checkpoint"):
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **arguments)
@@ -342,6 +346,28 @@ def _read_config(cls, path, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, d
     own = {name: kwargs.pop(name) for name in _NOT_CONFIG if name in kwargs}
     config, left = cls.config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
     return config, {**hub_arguments, **left, **own}
+
+
+def _drop_fp8_config(config: PreTrainedConfig) -> None:
+    for holder in (config, config.get_text_config()):
+        stored = getattr(holder, "quantization_config", None)
+        if isinstance(stored, dict) and stored.get("quant_method") == "fp8":
+            del holder.quantization_config
+
+
+def _refuse_for_fp8(arguments: dict[str, Any]) -> None:
+    """Raises for ways to load that would mistake FP8 weights for plain ones.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if arguments.get("tp_plan") is not None or arguments.get("distributed_config") is not None:
+        raise ValueError("FP8 weights cannot be sharded by tensor or expert parallelism: pass `dequantize=True`.")
+    if any(tensor.dtype == torch.float8_e4m3fn for tensor in (arguments.get("state_dict") or {}).values()):
+        raise ValueError(
+            "`state_dict` holds FP8 weights, which are read from files only: load the checkpoint from its folder, and "
+            "put another state into the model with `load_state_dict`."
+        )
 
 
 def _split_quantization(
