@@ -246,6 +246,7 @@ def test_mode_decides_which_order_runs(mode, monkeypatch):
 
 
 def test_auto_runs_prefill_expanded_and_decode_absorbed(monkeypatch):
+    monkeypatch.setattr(layer_mla, "_ABSORBED_EXTRA_CALLS", 0)
     calls = []
     original = layer_mla.absorbed_attention
     monkeypatch.setattr(layer_mla, "absorbed_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
@@ -257,6 +258,12 @@ def test_auto_runs_prefill_expanded_and_decode_absorbed(monkeypatch):
         assert not calls
         model(random_ids(1, 1), past_key_values=cache)
     assert len(calls) == 3
+
+
+def test_very_small_models_decode_expanded():
+    config = tiny_config()
+    assert not absorbed_is_cheaper(config, 1, 100)
+    assert absorbed_is_cheaper(config, 1, 100_000)
 
 
 @pytest.mark.parametrize("config", [DeepseekV3Config(), KimiK2Config()], ids=["deepseek_v3", "kimi_k2"])
