@@ -3,7 +3,7 @@
 import pytest
 import torch
 from expert_cases import MATRIX, Shape, double_loop, make_case, route, run_with_gradients
-from testing import assert_close
+from testing import assert_close, can_run_kernels
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_moe.models.kernel_routing import build_layout, most_tiles
@@ -11,11 +11,9 @@ from hf_moe.models.op_experts import TRITON_BACKEND_NAME, ExpertLora, expert_wei
 from hf_moe.models.op_quant import dequantize_rows, quantize_rows
 from hf_moe.models.op_routing import build_layout_torch
 from hf_moe.models.op_routing import route as choose
-from hf_moe.models.triton_compat import INTERPRETING, runs_kernels
+from hf_moe.models.triton_compat import INTERPRETING
 
-interpreted = pytest.mark.skipif(
-    not (INTERPRETING and runs_kernels(torch.device("cpu"))), reason="needs Triton's interpreter"
-)
+interpreted = pytest.mark.skipif(not (INTERPRETING and can_run_kernels()), reason="needs Triton's interpreter")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The largest shapes take the interpreter minutes.
 SMALL = [shape for shape in MATRIX if shape.tokens * shape.top_k <= 400]
