@@ -80,7 +80,7 @@ def product_tile(block_m: int, dtype: torch.dtype, weight: int, capability: tupl
     """
     small_memory = capability in ((8, 6), (8, 9)) or capability[0] == 12
     if dtype == torch.float32:
-        return Tile(16, 64, 32, 4, 3, 0) if block_m == 16 else Tile(block_m, 64, 32, 8, 3, 2 if weight == PLAIN else 1)
+        return Tile(16, 64, 32, 4, 3, 0) if block_m == 16 else Tile(block_m, 64, 32, 8, 3, 1)
     if block_m == 16:
         # A step reads 64 weight rows of 256 bytes (128 in FP8); the programs of a multiprocessor keep ~100 KiB coming.
         return Tile(16, 64, 128, 4, 3 if small_memory else 4, 0)
