@@ -30,6 +30,9 @@ def weights_of(dtype: torch.dtype, scale_dtype: torch.dtype = torch.float32, int
 
 
 def routing(capability: int) -> None:
+    # One slot, and so one tile: Triton takes an argument of 1 as a constant.
+    layout = kernel_routing.build_layout(empty(1, 1, dtype=torch.int64), 8, 16)
+    kernel_experts.gate_up(empty(1, 512), empty(8, 512, 512), None, layout, 1, out_dtype=torch.bfloat16)
     layout_of(16)
     layout_of(128)
     common = {"top_k": 8, "sigmoid": True, "normalise": True, "factor": 2.5}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .kernel_routing import Layout, build_layout, choose_experts, most_tiles
-from .triton_compat import runs_kernels
+from .triton_compat import on_device, runs_kernels
 
 
 def choose_experts_torch(
@@ -111,7 +111,8 @@ def route(
     impl = impl or ("triton" if runs_kernels(logits.device) and logits.is_cuda else "torch")
     if impl == "torch":
         return choose_experts_torch(logits, bias, **choice, **weighing)
-    return _ChooseExperts.apply(logits, bias, choice, weighing)
+    with on_device(logits):
+        return _ChooseExperts.apply(logits, bias, choice, weighing)
 
 
 def build_layout_torch(topk_indices: torch.Tensor, num_experts: int, block_m: int) -> Layout:
