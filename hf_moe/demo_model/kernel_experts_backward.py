@@ -278,7 +278,7 @@ def outer_tile(left: int, right: int, dtype: torch.dtype) -> dict:
     most = 64 if dtype == torch.float32 else 128
     block_m, block_n = (min(most, max(16, next_power_of_2(size))) for size in (left, right))
     depth = 32 if dtype == torch.float32 else 64
-    warps = 8 if block_m * block_n >= 128 * 128 else 4
+    warps = 8 if block_m * block_n >= most * most else 4
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": depth, "num_warps": warps, "num_stages": 3}
 
 

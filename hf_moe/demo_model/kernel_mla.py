@@ -15,7 +15,18 @@ from typing import NamedTuple
 
 import torch
 
-from .triton_compat import INTERPRETING, cdiv, compute_capability, dot, jit, narrow, next_power_of_2, num_processors, tl
+from .triton_compat import (
+    INTERPRETING,
+    cdiv,
+    compute_capability,
+    dot,
+    jit,
+    narrow,
+    next_power_of_2,
+    num_processors,
+    on_its_device,
+    tl,
+)
 
 _LOG2_E = 1.4426950408889634
 _SCAN = 1024  # mask entries that a program looks at together
@@ -180,6 +191,7 @@ def combine_kernel(
     tl.store(out_ptr + row * R + column, narrow(out, out_ptr.dtype.element_ty), mask=column < R)
 
 
+@on_its_device
 def mla_decode(
     query: torch.Tensor,
     query_rope: torch.Tensor,

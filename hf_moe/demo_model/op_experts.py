@@ -21,7 +21,7 @@ from .kernel_fp8 import quantize_rows as quantize_on_kernel
 from .kernel_routing import Layout, build_layout
 from .op_experts_cpu import experts_cpu_training
 from .op_quant import dequantize_rows, quantize_rows
-from .triton_compat import converts_fp8, runs_kernels
+from .triton_compat import converts_fp8, on_device, runs_kernels
 
 # Rows of slots are summed in float32; above so many bytes they wait for it in the dtype of the model.
 _MAX_WIDE_BYTES = 64 << 20
@@ -220,7 +220,8 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        return _backward(ctx, grad_output.contiguous())
+        with on_device(grad_output):
+            return _backward(ctx, grad_output.contiguous())
 
 
 def _backward(ctx, grad_output: torch.Tensor) -> tuple:
@@ -401,9 +402,10 @@ def experts(
         quantize = many and not with_grad and gate_up_scale is not None and converts_fp8(hidden_states.device)
     scales = (_contiguous(gate_up_scale), _contiguous(down_scale))
     plan = _Plan(topk_indices.contiguous(), *scales, lora, quantize, ue8m0)
-    if with_grad:
-        return _Experts.apply(*inputs, plan, *factors)
-    return _forward(*inputs, factors, plan, save=False)[0]
+    with on_device(hidden_states):
+        if with_grad:
+            return _Experts.apply(*inputs, plan, *factors)
+        return _forward(*inputs, factors, plan, save=False)[0]
 
 
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:

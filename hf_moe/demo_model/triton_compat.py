@@ -8,6 +8,7 @@ annotations of kernels are postponed); the ops never launch a kernel unless `HAS
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -113,3 +114,20 @@ def runs_kernels(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
         return False
     return compute_capability(device) >= (8, 0)
+
+
+def on_device(tensor: torch.Tensor):
+    """Context in which kernels are launched on the device of `tensor`: Triton takes the current one, which with a model
+    spread over several GPUs may be another."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def on_its_device(function):
+    """`function` with its launches on the device of its first argument, a tensor; see `on_device`."""
+
+    @functools.wraps(function)
+    def launched(tensor: torch.Tensor, *args, **kwargs):
+        with on_device(tensor):
+            return function(tensor, *args, **kwargs)
+
+    return launched

@@ -34,6 +34,7 @@ from .triton_compat import (
     jit,
     narrow,
     num_processors,
+    on_its_device,
     tl,
 )
 
@@ -243,6 +244,7 @@ def _fp8_like(tensor: torch.Tensor, bits: bool) -> tuple[torch.Tensor, torch.Ten
     return out, out.view(torch.uint8) if bits else out
 
 
+@on_its_device
 def quantize_rows(rows: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Activations (M, I) in groups of 128 channels: float8_e4m3fn (M, I) and float32 scales (M, ceil(I / 128)).
 
@@ -262,6 +264,7 @@ def quantize_rows(rows: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor
     return out, scale
 
 
+@on_its_device
 def quantize_block_fp8(weight: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """A matrix (O, I) in blocks of 128 x 128: float8_e4m3fn and float32 scales.
 
@@ -277,6 +280,7 @@ def quantize_block_fp8(weight: torch.Tensor, ue8m0: bool = False) -> tuple[torch
     return out, scale
 
 
+@on_its_device
 def dequantize_block_fp8(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, parts: int = 1) -> torch.Tensor:
     """A block FP8 matrix (O, I), in blocks of 128 x 128, in `dtype`.
 
@@ -325,6 +329,7 @@ def split_count(depth: int, tiles: int, processors: int) -> int:
     return max(fitting, default=1)
 
 
+@on_its_device
 def multiply(
     rows: torch.Tensor,
     weight: torch.Tensor,

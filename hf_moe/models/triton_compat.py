@@ -120,3 +120,14 @@ def on_device(tensor: torch.Tensor):
     """Context in which kernels are launched on the device of `tensor`: Triton takes the current one, which with a model
     spread over several GPUs may be another."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def on_its_device(function):
+    """`function` with its launches on the device of its first argument, a tensor; see `on_device`."""
+
+    @functools.wraps(function)
+    def launched(tensor: torch.Tensor, *args, **kwargs):
+        with on_device(tensor):
+            return function(tensor, *args, **kwargs)
+
+    return launched
