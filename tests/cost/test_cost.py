@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from testing import GOLDENS
 from tiny import FAMILIES as TINY
 from tiny import random_ids, tiny_config, tiny_model
+from tiny_step3 import text_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_moe.inspect import cost
@@ -266,6 +267,15 @@ def test_cache_bytes_are_those_of_a_real_cache(family):
     a = read_architecture(json.loads(model.config.to_json_string(use_diff=False)), family)
     assert cost.kv_cache_bytes(a, 21, 3, "fp32") == held
     assert cost.kv_cache_bytes(a, 21, 3, "bf16") * 2 == held and cost.kv_cache_bytes(a, 21, 3, "fp8") * 4 == held
+
+
+def test_cache_bytes_of_step3():
+    model = text_model()
+    with torch.no_grad():
+        cache = model(random_ids(3, 21, high=model.config.vocab_size), use_cache=True).past_key_values
+    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    a = read_architecture(json.loads(model.config.to_json_string(use_diff=False)), "step3_text")
+    assert cost.kv_cache_bytes(a, 21, 3, "fp32") == held
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "qwen3_moe", "ernie4_5_moe"])
