@@ -8,6 +8,7 @@ Shapes: B batch, M rows (queries x heads), T context, r latent width.
 """
 
 import torch
+from torch import nn
 
 from .kernel_mla import mla_decode
 from .triton_compat import runs_kernels
@@ -75,6 +76,30 @@ def latent_sums(weights: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
     if weights.device.type != "cpu":
         return torch.bmm(weights, latent)
     return _per_sequence(_sums_cpu, weights, latent)
+
+
+def weigh_and_sum(
+    scores: torch.Tensor, attention_mask: torch.Tensor | None, values: torch.Tensor, dropout: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What follows the scores (B, S, h, T) where all heads attend to the same values (B, T, d).
+
+    `attention_mask` is boolean (True attends) or additive, and broadcasts to (B, h, S, T); `None` attends to all. The
+    softmax is in float32, or in float64 for float64 scores. Returns (B, S, h, d) and the weights (B, h, S, T).
+    """
+    batch, seq, heads, _ = scores.shape
+    dtype = scores.dtype
+    if attention_mask is not None:
+        mask = attention_mask.transpose(1, 2)  # (B or 1, S, h or 1, T)
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(dtype).min)
+        else:
+            scores = scores + mask
+    weights = scores.softmax(-1, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)  # (B, S, h, T)
+    if dropout:
+        weights = nn.functional.dropout(weights, p=dropout)
+    weights = weights.transpose(1, 2)  # what is returned is what is used, so that it has a gradient
+    attended = latent_sums(weights.transpose(1, 2).flatten(1, 2), values).view(batch, seq, heads, -1)
+    return attended, weights
 
 
 def _per_sequence(product, *operands: torch.Tensor) -> torch.Tensor:

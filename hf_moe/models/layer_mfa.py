@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .layer_dense import RMSNorm
 from .layer_linear import Linear
 from .layer_rope import rotate_halves
-from .op_mla import latent_scores, latent_sums
+from .op_mla import latent_scores, weigh_and_sum
 
 # Under `"sdpa"`, up to so many new tokens against a cache take the rows order. Measured with 64 heads of 256 in
 # bfloat16 against 8,192 tokens, 2 cores: 1.4 against 157 ms for one, 37 against 68 ms for 16, and 243 against 335 ms
@@ -57,18 +57,7 @@ def shared_head_attention(
     batch, seq, heads, _ = query.shape
     # The queries are scaled, not the scores, which are as long as the context.
     scores = latent_scores((query * scaling).flatten(1, 2), key.squeeze(1)).view(batch, seq, heads, -1)
-    if attention_mask is not None:
-        mask = attention_mask.transpose(1, 2)  # (B or 1, S, h or 1, T)
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + mask
-    weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
-    if dropout:
-        weights = nn.functional.dropout(weights, p=dropout)
-    weights = weights.transpose(1, 2)  # what is returned is what is used, so that it has a gradient
-    attended = latent_sums(weights.transpose(1, 2).flatten(1, 2), value.squeeze(1)).view(batch, seq, heads, -1)
-    return attended, weights
+    return weigh_and_sum(scores, attention_mask, value.squeeze(1), dropout)
 
 
 class MultiMatrixAttention(nn.Module):

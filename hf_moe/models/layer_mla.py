@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .layer_dense import RMSNorm
 from .layer_linear import Linear
 from .layer_rope import rotate_halves, rotate_interleaved, yarn_softmax_gain
-from .op_mla import decodes_on_kernels, latent_decode, latent_scores, latent_sums
+from .op_mla import decodes_on_kernels, latent_decode, latent_scores, weigh_and_sum
 
 # Elements of per-head keys and values that expanded attention holds at a time where no gradient needs them all.
 _EXPANDED_ELEMENTS = 1 << 26
@@ -106,18 +106,7 @@ def absorbed_attention(
     scores = latent_scores((query_rope * scaling).flatten(1, 2), key_rope)  # (B, S h, T)
     scores = latent_scores((query * scaling).flatten(1, 2), latent, add=scores)
     scores = scores.view(batch, seq, heads, context)
-    if attention_mask is not None:
-        mask = attention_mask.transpose(1, 2)  # (B or 1, S, h or 1, T)
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + mask
-    weights = scores.softmax(-1, dtype=_wide(query.dtype)).to(query.dtype)  # (B, S, h, T)
-    if dropout:
-        weights = nn.functional.dropout(weights, p=dropout)
-    weights = weights.transpose(1, 2)  # what is returned is what is used, so that it has a gradient
-    attended = latent_sums(weights.transpose(1, 2).flatten(1, 2), latent).view(batch, seq, heads, -1)
-    return attended, weights
+    return weigh_and_sum(scores, attention_mask, latent, dropout)
 
 
 class LatentAttention(nn.Module):
