@@ -77,13 +77,10 @@ class ConsoleStreamer(TextStreamer):
     def __init__(self, tokenizer, console: Console):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.console = console
-        self.token_times: list[float] = []
-        self._prompt_seen = False
+        self.clock = ClockStreamer()
 
     def put(self, value: torch.Tensor) -> None:
-        if self._prompt_seen:
-            self.token_times.append(time.perf_counter())
-        self._prompt_seen = True
+        self.clock.put(value)
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -190,7 +187,7 @@ def run_demo(
         prompt=prompt,
         completion=tokenizer.decode(new_ids, skip_special_tokens=True),
         new_tokens=len(new_ids),
-        tokens_per_second=tokens_per_second(streamer.token_times),
+        tokens_per_second=tokens_per_second(streamer.clock.token_times),
         cached_tokens=cached,
         cache_bytes_per_token=cache_bytes(output.past_key_values) / cached,
         expanded_bytes_per_token=expanded_bytes_per_token(model),
