@@ -88,12 +88,12 @@ class DraftSchedule:
 
     Args:
         maximum: most drafts of a step, except for the heuristic schedules, which begin with it.
-        cost_ratio: cost of a draft in steps without drafts, assumed until measured.
+        cost_ratio: cost of a draft in steps without drafts, assumed until measured; for the adaptive schedule.
         timed: learn costs from the times that `record` is given. Without, `cost_ratio` stays, and choices depend on
             the tokens alone, so that sampling with a seed repeats itself.
     """
 
-    def __init__(self, maximum: int, kind: str, cost_ratio: float, timed: bool):
+    def __init__(self, maximum: int, kind: str, cost_ratio: float = 0.0, timed: bool = False):
         self.maximum = maximum
         self.kind = kind
         self.cost_ratio = cost_ratio

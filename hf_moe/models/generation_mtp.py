@@ -62,16 +62,7 @@ class _Settings:
 
 
 class MTPGenerationMixin(GenerationMixin):
-    """`generate(use_mtp=True)` for a model with `self.model.mtp_layers()`, `self.model.mtp_forward` and `lm_head`."""
-
-    def mtp_embed(self, layer: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings (batch, seq, hidden) that an MTP layer joins to its states."""
-        table = self.get_input_embeddings() if layer.embed_tokens is None else layer.embed_tokens
-        return table(input_ids)
-
-    def mtp_head(self, layer: nn.Module) -> nn.Module:
-        """The head that turns an MTP layer's states into logits."""
-        return self.lm_head if layer.shared_head.head is None else layer.shared_head.head
+    """`generate(use_mtp=True)` for a model of `modeling_causal_lm.MTPCausalLMMixin`."""
 
     def generate(self, *args, **kwargs):
         """Generates text; arguments are those of Transformers, and with `use_mtp=True` these mean:
@@ -240,14 +231,21 @@ class MTPDecoding:
         self.scores = [[] for _ in range(self.batch)] if returns and generation_config.output_scores else None
         self.logits = [[] for _ in range(self.batch)] if returns and generation_config.output_logits else None
         self.emitted = 0
+        # Of the present step, one entry a draft.
+        self.drafts: list[torch.Tensor] = []
+        self.draft_probs: list[torch.Tensor] = []
+        self.confidence: list[torch.Tensor] = []
 
     def _schedule(self, batch: int) -> DraftSchedule:
         """A new schedule; or, where it learns from times, the one that earlier calls with such a batch have taught."""
         count, kind = self.settings.num_assistant_tokens, self.settings.schedule
-        schedule = DraftSchedule(count, kind, draft_cost_ratio(self.model), timed=not self.do_sample)
-        if kind != "adaptive" or self.do_sample:
-            return schedule
-        return self.model.__dict__.setdefault("_draft_schedules", {}).setdefault((batch, count), schedule)
+        if kind != "adaptive":
+            return DraftSchedule(count, kind)
+        taught = {} if self.do_sample else self.model.__dict__.setdefault("_draft_schedules", {})
+        if (batch, count) not in taught:
+            # The estimate walks over all layers.
+            taught[batch, count] = DraftSchedule(count, kind, draft_cost_ratio(self.model), timed=not self.do_sample)
+        return taught[batch, count]
 
     # --- the prompt -------------------------------------------------------------------------------------------------
 
@@ -342,10 +340,11 @@ class MTPDecoding:
         self.pending_lengths = [old + count for old, count in zip(self.pending_lengths, counts)]
         self.pending = joined[:, : max(self.pending_lengths)]
 
-    def _window(self, known: list[int], heads: int) -> torch.Tensor | None:
+    def _window(self, heads: int) -> tuple[torch.Tensor, torch.Tensor | int]:
         """Runs all depths over the pending states, drafting with the first `heads` of them.
 
-        Row b has `known[b]` tokens. Returns the last depth's state (B, 1, hidden) at the last slot.
+        Returns the last depth's state (B, 1, hidden) at the last slot, and which of the window's slots are real, as
+        `RowCache.mask` takes it.
         """
         width = self.pending.shape[1]
         starts = [length + self.mtp_offset for length in self.mtp_caches[0].lengths]
@@ -361,7 +360,7 @@ class MTPDecoding:
                 new = new & ~(hidden & (slots < self.prompt))
         last = torch.tensor(self.pending_lengths, device=device).unsqueeze(1) - 1  # (B, 1)
         positions = slots + self.shift.to(device)
-        states, drafts_at = self.pending, torch.tensor(known, device=device).unsqueeze(1)
+        states, drafts_at = self.pending, torch.tensor(self.lengths, device=device).unsqueeze(1)
         final = None
         for depth, (layer, cache) in enumerate(zip(self.layers, self.mtp_caches)):
             states = self.model.model.mtp_forward(
@@ -375,8 +374,7 @@ class MTPDecoding:
             final = states[:, -1:] if even else pick(states, last)
             if depth < heads:
                 self._draft_token(layer, final, depth, drafts_at)
-        self.window_new = new
-        return final
+        return final, new
 
     def _mask_rows(self) -> torch.Tensor:
         return torch.tensor(self.rows, device=self.mask.device)
@@ -410,10 +408,9 @@ class MTPDecoding:
 
     def _draft(self, count: int) -> int:
         """Drafts up to `count` tokens for every row; returns how many."""
-        self.drafts, self.draft_probs, self.confidence = [], [], []
         depths = len(self.layers)
-        state = self._window(self.lengths, heads=count)
-        layer, cache, new = self.layers[-1], self.mtp_caches[-1], self.window_new
+        state, new = self._window(heads=count)
+        layer, cache = self.layers[-1], self.mtp_caches[-1]
         ends = torch.tensor(self.lengths, device=state.device).unsqueeze(1)
         for index in range(depths, count):
             if self._unsure(wait=False):
@@ -472,8 +469,7 @@ class MTPDecoding:
 
     def _catch_up(self) -> None:
         """Runs the MTP layers over pending states without drafting."""
-        self.drafts, self.draft_probs, self.confidence = [], [], []
-        self._window(self.lengths, heads=0)
+        self._window(heads=0)
         self._commit_window()
 
     # --- the loop ---------------------------------------------------------------------------------------------------
@@ -481,17 +477,15 @@ class MTPDecoding:
     def run(self) -> torch.LongTensor | MTPGenerateOutput:
         """Generates, and returns what plain generation would."""
         logits = self.model.lm_head(self._prefill()).to(device=self.device, dtype=torch.float32)
-        self.drafts, self.draft_probs = [], []
         self._take(logits, drafted=0)
         while self.rows:
             started = time.perf_counter()
             self._make_room()
             planned = self.schedule.choose(self._draft_limit())
+            self.drafts, self.draft_probs, self.confidence = [], [], []
             drafted = self._draft(planned) if planned else 0
-            if not planned:
-                self.drafts, self.draft_probs = [], []
-                if max(self.pending_lengths) >= _MAX_PENDING:
-                    self._catch_up()
+            if not planned and max(self.pending_lengths) >= _MAX_PENDING:
+                self._catch_up()
             states = self._check(drafted)
             logits = self.model.lm_head(states).to(device=self.device, dtype=torch.float32)
             accepted = self._take(logits, drafted, states)
@@ -558,12 +552,11 @@ class MTPDecoding:
         for index, (row, tokens) in enumerate(zip(self.rows, news)):
             generated, count = self.generated[row], 0
             for token in tokens:
-                if self.max_length is not None and self.lengths[index] + count - self.first >= self.max_length:
+                if self._is_full(self.lengths[index] + count):
                     break
                 generated.append(token)
-                length = self.lengths[index] + count + 1 - self.first
                 count += 1
-                full = self.max_length is not None and length >= self.max_length
+                full = self._is_full(self.lengths[index] + count)
                 if self.ended[row] is None and (full or token in self.eos or stops.get(index) == count):
                     self.ended[row] = len(generated)
                     if self.eos or full:
@@ -615,7 +608,7 @@ class MTPDecoding:
             active = [
                 index
                 for index, row in enumerate(self.rows)
-                if (goal is None or len(self.generated[row]) < goal) and not self._is_full(index)
+                if (goal is None or len(self.generated[row]) < goal) and not self._is_full(self.lengths[index])
             ]
         if states is not None and active:
             self._add_pending(states, kept)
@@ -632,8 +625,9 @@ class MTPDecoding:
         self.pending_lengths = [self.pending_lengths[i] for i in active]
         self.pending = self.pending[:, : max(self.pending_lengths)]
 
-    def _is_full(self, index: int) -> bool:
-        return self.max_length is not None and self.lengths[index] - self.first >= self.max_length
+    def _is_full(self, length: int) -> bool:
+        """Whether a row with `length` known tokens may get no more."""
+        return self.max_length is not None and length - self.first >= self.max_length
 
     # --- output -----------------------------------------------------------------------------------------------------
 

@@ -210,6 +210,38 @@ class CausalLMMixin:
         return main_loss, losses
 
 
+class MTPCausalLMMixin(CausalLMMixin):
+    """The same with MTP layers: `self.model` has `mtp_layers()` and `mtp_forward`."""
+
+    def mtp_embed(self, layer: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings (batch, seq, hidden) that an MTP layer joins to its states."""
+        table = self.get_input_embeddings() if layer.embed_tokens is None else layer.embed_tokens
+        return table(input_ids)
+
+    def mtp_head(self, layer: nn.Module) -> nn.Module:
+        """The head that turns an MTP layer's states into logits."""
+        return self.lm_head if layer.shared_head.head is None else layer.shared_head.head
+
+    def num_mtp_depths(self) -> int:
+        return len(self.model.mtp_layers())
+
+    def mtp_states(self, hidden_states, input_ids, inputs_embeds, attention_mask, position_ids, **kwargs):
+        seq, states = hidden_states.shape[1], []
+        for depth, (_, layer) in enumerate(self.model.mtp_layers()):
+            # States at depth d exist for one position fewer than at depth d - 1. They pass on after their norm.
+            length = max(0, seq - depth - 1)
+            hidden_states = hidden_states[:, :length]
+            if length:
+                if input_ids is not None:
+                    ahead = self.mtp_embed(layer, input_ids[:, depth + 1 :])
+                else:
+                    ahead = inputs_embeds[:, depth + 1 :]
+                arguments = shorten(length, attention_mask, position_ids, **kwargs)
+                hidden_states = self.model.mtp_forward(layer, hidden_states, ahead, **arguments)
+            states.append((hidden_states, self.mtp_head(layer)))
+        return states
+
+
 def _sums_by_group(groups, main_logits: torch.Tensor | None, vocab_size: int):
     """Sum and number of token losses of each `(head, states, targets)`; one call per head.
 

@@ -1,6 +1,8 @@
-"""What decoders with latent attention share beside their layers: masks and the evaluation order."""
+"""What decoders with latent attention share beside their layers: masks, the evaluation order and MTP depths."""
 
 import torch
+from torch import nn
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from .layer_mla import absorbed_is_cheaper
@@ -41,4 +43,35 @@ class LatentDecoderMixin:
             position_ids=position_ids,
             # Only a single query may go without a mask: it sees all there is.
             **({"allow_is_causal_skip": inputs_embeds.shape[1] == 1} if absorbed else {}),
+        )
+
+    def mtp_forward(
+        self,
+        layer: nn.Module,
+        hidden_states: torch.Tensor,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """One MTP depth: states and embeddings (batch, seq, hidden) to normed states.
+
+        Position i joins the state at i with the embedding that `inputs_embeds` has there (that of a later token),
+        and attends to positions up to i. With `past_key_values`, a cache of this layer alone, the sequence continues
+        what it holds, and `attention_mask` covers both.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+        absorbed = past_key_values is not None and self._choose_order(hidden_states, attention_mask, past_key_values)
+        mask = self._make_mask(hidden_states, attention_mask, past_key_values, position_ids, absorbed)
+        return layer(
+            hidden_states,
+            inputs_embeds,
+            position_embeddings=self.rotary_emb(hidden_states, position_ids),
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            absorbed=absorbed,
+            **kwargs,
         )

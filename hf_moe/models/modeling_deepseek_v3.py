@@ -27,7 +27,7 @@ from .layer_mtp import MTPMixin
 from .layer_rope import RotaryEmbedding
 from .layer_router import TopkRouter
 from .modeling_base import MoePreTrainedModel
-from .modeling_causal_lm import CausalLMMixin, MTPCausalLMOutputWithPast, shorten
+from .modeling_causal_lm import MTPCausalLMMixin, MTPCausalLMOutputWithPast
 from .modeling_decoder import LatentDecoderMixin
 from .weights_experts import register_expert_converters
 
@@ -202,39 +202,8 @@ class DeepseekV3Model(LatentDecoderMixin, DeepseekV3PreTrainedModel):
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def mtp_forward(
-        self,
-        layer: DeepseekV3MTPLayer,
-        hidden_states: torch.Tensor,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        """One MTP depth: states and embeddings (batch, seq, hidden) to normed states.
 
-        Position i joins the state at i with the embedding that `inputs_embeds` has there (that of a later token),
-        and attends to positions up to i. With `past_key_values`, a cache of this layer alone, the sequence continues
-        what it holds, and `attention_mask` covers both.
-        """
-        if position_ids is None:
-            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
-        absorbed = past_key_values is not None and self._choose_order(hidden_states, attention_mask, past_key_values)
-        mask = self._make_mask(hidden_states, attention_mask, past_key_values, position_ids, absorbed)
-        return layer(
-            hidden_states,
-            inputs_embeds,
-            position_embeddings=self.rotary_emb(hidden_states, position_ids),
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            absorbed=absorbed,
-            **kwargs,
-        )
-
-
-class DeepseekV3ForCausalLM(CausalLMMixin, DeepseekV3PreTrainedModel, MTPGenerationMixin):
+class DeepseekV3ForCausalLM(MTPCausalLMMixin, DeepseekV3PreTrainedModel, MTPGenerationMixin):
     """The decoder with a language model head and, where the checkpoint has them, MTP layers."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -297,24 +266,6 @@ class DeepseekV3ForCausalLM(CausalLMMixin, DeepseekV3PreTrainedModel, MTPGenerat
             use_cache=use_cache,
             **kwargs,
         )
-
-    def num_mtp_depths(self) -> int:
-        return len(self.model.mtp_layers())
-
-    def mtp_states(self, hidden_states, input_ids, inputs_embeds, attention_mask, position_ids, **kwargs):
-        embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        states = []
-        for depth, (_, layer) in enumerate(self.model.mtp_layers()):
-            # States at depth d exist for one position fewer than at depth d - 1. They pass on after their norm.
-            length = max(0, embeds.shape[1] - depth - 1)
-            hidden_states = hidden_states[:, :length]
-            if length:
-                own = layer.embed_tokens is not None and input_ids is not None
-                ahead = layer.embed_tokens(input_ids[:, depth + 1 :]) if own else embeds[:, depth + 1 :]
-                arguments = shorten(length, attention_mask, position_ids, **kwargs)
-                hidden_states = self.model.mtp_forward(layer, hidden_states, ahead, **arguments)
-            states.append((hidden_states, self.mtp_head(layer)))
-        return states
 
 
 class DeepseekV3ForSequenceClassification(GenericForSequenceClassification, DeepseekV3PreTrainedModel):

@@ -23,7 +23,7 @@ from .layer_rope import RotaryEmbedding
 from .layer_router import ZeroExpertRouter
 from .layer_zero_experts import ExpertLoad, ZeroExpertMoE
 from .modeling_base import MoePreTrainedModel
-from .modeling_causal_lm import CausalLMMixin, MTPCausalLMOutputWithPast, shorten
+from .modeling_causal_lm import MTPCausalLMMixin, MTPCausalLMOutputWithPast
 from .modeling_decoder import LatentDecoderMixin
 from .op_stream import branch
 from .weights_experts import register_expert_converters
@@ -294,37 +294,8 @@ class LongcatFlashModel(LatentDecoderMixin, LongcatFlashPreTrainedModel):
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def mtp_forward(
-        self,
-        layer: LongcatFlashMTPLayer,
-        hidden_states: torch.Tensor,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        """One MTP depth: states and embeddings (batch, seq, hidden) to normed states.
-
-        Position i joins the state at i, after the model's final norm, with the embedding that `inputs_embeds` has
-        there (that of a later token), and attends to positions up to i. With `past_key_values`, a cache of this layer
-        alone, the sequence continues what it holds, and `attention_mask` covers both.
-        """
-        if position_ids is None:
-            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
-        absorbed = past_key_values is not None and self._choose_order(hidden_states, attention_mask, past_key_values)
-        mask = self._make_mask(hidden_states, attention_mask, past_key_values, position_ids, absorbed)
-        hidden_states = layer(
-            hidden_states,
-            inputs_embeds,
-            position_embeddings=self.rotary_emb(hidden_states, position_ids),
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            absorbed=absorbed,
-            **kwargs,
-        )
-        return self.mtp.norm(hidden_states)
+    def mtp_forward(self, layer: LongcatFlashMTPLayer, *args, **kwargs) -> torch.Tensor:
+        return self.mtp.norm(super().mtp_forward(layer, *args, **kwargs))
 
     def _embed(self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values) -> torch.Tensor:
         """Input of the first layer, (batch, seq, hidden)."""
@@ -347,7 +318,7 @@ class LongcatFlashModel(LatentDecoderMixin, LongcatFlashPreTrainedModel):
             )
 
 
-class LongcatFlashForCausalLM(CausalLMMixin, LongcatFlashPreTrainedModel, MTPGenerationMixin):
+class LongcatFlashForCausalLM(MTPCausalLMMixin, LongcatFlashPreTrainedModel, MTPGenerationMixin):
     """The decoder with a language model head and, where the checkpoint has them, MTP layers."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -415,26 +386,6 @@ class LongcatFlashForCausalLM(CausalLMMixin, LongcatFlashPreTrainedModel, MTPGen
 
     def mtp_head(self, layer: nn.Module) -> nn.Module:
         return self.lm_head
-
-    def num_mtp_depths(self) -> int:
-        return len(self.model.mtp_layers())
-
-    def mtp_states(self, hidden_states, input_ids, inputs_embeds, attention_mask, position_ids, **kwargs):
-        layers = self.model.mtp_layers()
-        seq, states = hidden_states.shape[1], []
-        for depth, (_, layer) in enumerate(layers):
-            # States at depth d exist for one position fewer than at depth d - 1. They pass on after their norm.
-            length = max(0, seq - depth - 1)
-            hidden_states = hidden_states[:, :length]
-            if length:
-                if input_ids is not None:
-                    ahead = self.mtp_embed(layer, input_ids[:, depth + 1 :])
-                else:
-                    ahead = inputs_embeds[:, depth + 1 :]
-                arguments = shorten(length, attention_mask, position_ids, **kwargs)
-                hidden_states = self.model.mtp_forward(layer, hidden_states, ahead, **arguments)
-            states.append((hidden_states, self.lm_head))
-        return states
 
 
 def _token_mask(attention_mask, batch: int, seq: int, past_key_values: Cache | None) -> torch.Tensor | None:
