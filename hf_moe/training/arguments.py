@@ -46,9 +46,7 @@ class FinetuneArguments:
     eval_dataset_name: str | None = option(None, "Like --dataset_name, to evaluate on.")
     validation_split: float = option(0.0, "Fraction (below 1) or number of training samples put aside to evaluate on.")
     dataset_text_field: str = option("text", "Key of plain text.")
-    sample_by: str = option(
-        "document", "What a sample of a text file is.", choices=("document", "paragraph", "line")
-    )
+    sample_by: str = option("document", "What a sample of a text file is.", choices=("document", "paragraph", "line"))
     max_train_samples: int | None = option(None, "Take the first so many samples.")
     max_eval_samples: int | None = option(None, "Evaluate on the first so many samples.")
     max_length: int = option(1024, "Tokens of a sample, or of a packed row, at most.", "--max_seq_length")

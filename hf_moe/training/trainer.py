@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
@@ -144,7 +144,9 @@ class FinetuneTrainer:
         self._start_log(resume)
         set_seed(self.args.seed, device_specific=True)
         if resume:
-            self.state = load_checkpoint(self, find_checkpoint(self.output_dir, resume, self.accelerator.is_main_process))
+            self.state = load_checkpoint(
+                self, find_checkpoint(self.output_dir, resume, self.accelerator.is_main_process)
+            )
             self._truncate_log()
         for callback in self.callbacks:
             callback.on_train_begin(self)
@@ -199,7 +201,8 @@ class FinetuneTrainer:
 
     def _train_step(self, micro_batches: list[dict[str, torch.Tensor]]) -> None:
         micro_batches = [
-            {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()} for batch in micro_batches
+            {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+            for batch in micro_batches
         ]
         counts = torch.stack([count_targets(batch["labels"]) for batch in micro_batches])
         num_items = self.accelerator.reduce(counts.sum(), reduction="sum").clamp(min=1)
@@ -305,8 +308,8 @@ class FinetuneTrainer:
         was_training = self.model.training
         self.model.eval()
         with without_mtp(self.unwrapped):
-            for first in range(self.accelerator.process_index * batch_size, len(dataset) + (world - 1) * batch_size,
-                               world * batch_size):  # fmt: skip
+            for turn in range(math.ceil(len(dataset) / (world * batch_size))):
+                first = (turn * world + self.accelerator.process_index) * batch_size
                 rows = [dataset[index] for index in range(first, min(first + batch_size, len(dataset)))]
                 # Every process runs as many batches as the others, with the first row in place of none.
                 batch = collate(rows or [dataset[0]])
@@ -390,11 +393,6 @@ def make_accelerator(args: FinetuneArguments) -> Accelerator:
         cpu=args.use_cpu or None,
         kwargs_handlers=handlers,
     )
-
-
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether no process holds the whole model."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def count_targets(labels: torch.Tensor) -> torch.Tensor:
