@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -382,11 +383,15 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 def make_accelerator(args: FinetuneArguments) -> Accelerator:
     """An `Accelerator` for these options; what `accelerate launch` configured wins."""
+    precision = "bf16" if args.bf16 else None
+    # Accelerate keeps the precision of a process's first accelerator; a second run in it may have another.
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != (precision or "no"):
+        AcceleratorState._reset_state()
     handlers = []
     if args.ddp_find_unused_parameters is not None:
         handlers.append(DistributedDataParallelKwargs(find_unused_parameters=args.ddp_find_unused_parameters))
     return Accelerator(
-        mixed_precision="bf16" if args.bf16 else None,
+        mixed_precision=precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.report_to or None,
         project_dir=args.logging_dir or str(Path(args.output_dir) / "runs"),
