@@ -1,0 +1,1 @@
+"""Fine-tuning: LoRA on experts and projections, and the trainer."""
