@@ -1,12 +1,10 @@
-"""LoRA as the options describe it, what is trained, and what that takes."""
-
-from collections import Counter
+"""LoRA as the options describe it, and the memory that training takes."""
 
 import torch
-from rich.table import Table
 from torch import nn
 
 from .arguments import FinetuneArguments
+from .lora import check_targets
 
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 
@@ -37,17 +35,6 @@ def apply_lora(model: nn.Module, args: FinetuneArguments) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def check_targets(model: nn.Module, config) -> None:
-    """Raises `ValueError` for a target that matches no module or parameter."""
-    modules = [name for name, _ in model.named_modules()]
-    parameters = [name for name, _ in model.named_parameters()]
-    for what, targets, names in (("modules", config.target_modules, modules),
-                                 ("parameters", config.target_parameters, parameters)):  # fmt: skip
-        for target in sorted(targets or ()) if not isinstance(targets, str) else ():
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                raise ValueError(f"--lora_target_{what}: {target!r} matches nothing in this model")
-
-
 def default_targets(model: nn.Module) -> tuple[list[str], list[str]]:
     """The linear modules of attention and the stacked experts, by the ends of their names."""
     modules = {
@@ -61,24 +48,6 @@ def default_targets(model: nn.Module) -> tuple[list[str], list[str]]:
         if parameter.ndim == 3 and name.rpartition(".")[2] in EXPERT_PARAMETERS
     }
     return sorted(modules), sorted(parameters)
-
-
-def trained_table(model: nn.Module) -> Table:
-    """A row for each kind of trained parameter: its name without layers and factors, tensors, elements."""
-    tensors, elements = Counter(), Counter()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            kind = ".".join(part for part in name.split(".") if not part.isdigit())
-            tensors[kind] += 1
-            elements[kind] += parameter.numel()
-    table = Table(title="What is trained")
-    for column, justify in (("parameter", "left"), ("tensors", "right"), ("elements", "right")):
-        table.add_column(column, justify=justify)
-    for kind in sorted(tensors):
-        table.add_row(kind, f"{tensors[kind]:,}", f"{elements[kind]:,}")
-    table.add_section()
-    table.add_row("all", f"{sum(tensors.values()):,}", f"{sum(elements.values()):,}")
-    return table
 
 
 def estimate_memory(model: nn.Module, optimizer_states: int = 2) -> str:

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hf_moe  # noqa: F401  registers the models
 
-from .adapters import apply_lora, estimate_memory, trained_table
+from .adapters import apply_lora, estimate_memory
 from .arguments import FinetuneArguments
 from .callbacks import Callback
 from .checkpoints import find_checkpoint, list_checkpoints
 from .data import TokenRows, load_rows
+from .lora import trained_table
 from .output import push, write_result
 from .sources import DataError
 from .trainer import FinetuneTrainer, TrainResult, make_accelerator, print_on_main
@@ -54,9 +54,7 @@ def finetune(args: FinetuneArguments, callbacks: Sequence[Callback] = ()) -> Fin
     elif next((p for p in model.parameters() if p.requires_grad and p.dtype.itemsize < 2), None) is not None:
         raise ValueError("FP8 weights cannot be trained: pass --use_peft, or load a dequantised checkpoint")
     trainer = FinetuneTrainer(model, args, train, held_out, tokenizer, callbacks, accelerator)
-    if accelerator.is_main_process:
-        Console().print(trained_table(model))
-    print_on_main(accelerator, estimate_memory(model))
+    print_on_main(accelerator, trained_table(model), estimate_memory(model))
     result = trainer.train()
     folder = write_result(trainer, result)
     print_on_main(accelerator, f"written to {folder}")

@@ -158,13 +158,10 @@ def _read_text(path: Path, sample_by: str) -> Iterator[Sample]:
     else:
         pieces = [
             (text.count("\n", 0, match.start()) + 1, match.group())
-            for match in re.finditer(r"(?:(?!\n\s*\n)[\s\S])+", text.strip("\n"))
-            if match.group().strip()
+            for match in re.finditer(r"[^\S\n]*\S[\s\S]*?(?=\n[^\S\n]*\n|\s*\Z)", text)
         ]
     for line, piece in pieces:
-        yield Sample(
-            TEXT, {"text": piece.strip("\n") if sample_by != "document" else piece}, f"{path}, line {line}", True
-        )
+        yield Sample(TEXT, {"text": piece}, f"{path}, line {line}", running_text=True)
 
 
 def _read_table(path: Path, text_field: str) -> Iterator[Sample]:

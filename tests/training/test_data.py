@@ -8,7 +8,7 @@ import pytest
 import torch
 from testing import assert_close
 from tiny import tiny_model
-from tiny_step3 import tiny_text_model
+from tiny_step3 import text_model
 from transformers import AutoTokenizer
 
 from hf_moe.demo import DEMO_MODEL
@@ -63,7 +63,7 @@ def write(path, rows) -> str:
 
 
 def learnt(tokenizer, row) -> str:
-    """The text of what is learnt of an (ids, labels) pair; gaps show as a bar."""
+    """The text of what is learnt of an (ids, labels) pair; gaps show as a zero."""
     parts, at = [], False
     for label in row[1]:
         if label != IGNORE_INDEX:
@@ -71,7 +71,7 @@ def learnt(tokenizer, row) -> str:
                 parts.append([])
             parts[-1].append(int(label))
         at = label != IGNORE_INDEX
-    return "|".join(tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in parts)
+    return "\0".join(tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in parts)
 
 
 def only_row(data: TokenRows, index: int = 0):
@@ -197,30 +197,24 @@ def test_held_out_samples(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        (CHATML, "It is 5.<|im_end|>\n|  Then 9.\nDone<|im_end|>\n"),
-        (DEEPSEEK, "It is 5.<|eos|>|  Then 9.\nDone<|eos|>"),
-        (THINKING, "It is 5.<|eos|>|  Then 9.\nDone<|eos|>"),
-        (TAGGED, "It is 5.<|eos|>|  Then 9.\nDone<|eos|>"),
+        (CHATML, ["It is 5.<|im_end|", "Then 9.\nDone<|im_end|"]),
+        (DEEPSEEK, ["It is 5.<|eos|", "Then 9.\nDone<|eos|"]),
+        (THINKING, ["It is 5.<|eos|", "Then 9.\nDone<|eos|"]),
+        (TAGGED, ["It is 5.<|eos|", "Then 9.\nDone<|eos|"]),
     ],
     ids=["chatml", "deepseek", "thinking", "tagged"],
 )
 def test_the_assistants_turns_are_learnt(tokenizer, tmp_path, template, expected):
-    (tmp_path / "template.jinja").write_text(template)
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     tokenizer.chat_template = template
     path = write(tmp_path / "a.jsonl", [{"messages": CHAT}])
     data, _ = load_rows(tokenizer, options(path))
     row = only_row(data)
     assert tokenizer.decode(row[0]) == tokenizer.apply_chat_template(CHAT, tokenize=False)
-    # This tokenizer joins a line break or space with what follows: tokens may begin before the turn.
-    parts = [part.strip(" \n>") for part in learnt(tokenizer, row).split("|<" if False else "\0")]
-    assert _squeeze("".join(parts)) == _squeeze(expected)
+    # This tokenizer joins symbols with the word behind them: a span may begin with the end of the role's tag.
+    assert [part.strip("> \n") for part in learnt(tokenizer, row).split("\0")] == expected
     everything, _ = load_rows(tokenizer, options(path, assistant_only_loss=False))
     assert (only_row(everything)[1][1:] == row[0][1:]).all()
-
-
-def _squeeze(text: str) -> str:
-    return "".join(text.split()).strip(">")
 
 
 def test_token_spans_are_exact_with_a_character_tokenizer(tmp_path):
@@ -393,7 +387,7 @@ def samples(count: int, seed: int, high: int = 14):
 
 
 def make_model(family: str):
-    return tiny_text_model() if family == "step3_text" else tiny_model(family)
+    return text_model() if family == "step3_text" else tiny_model(family)
 
 
 @pytest.mark.parametrize(
