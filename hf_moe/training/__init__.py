@@ -1,0 +1,1 @@
+"""Fine-tuning: data, a training loop on Accelerate, checkpoints, LoRA by PEFT."""

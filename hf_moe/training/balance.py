@@ -36,8 +36,8 @@ class BalanceOptions:
 
     Attributes:
         bias_update_rate: gamma of DeepSeek-V3, `b_i += gamma * sign(mean load - load_i)`; of LongCat, whose rule is
-            proportional, mu of `b_i += mu * (K_e / (K N) - load_i / (K tokens))` for real experts. 0 freezes the biases.
-            Routers without a correction bias (DeepSeek-V2, Step3) have nothing to update.
+            proportional, mu of `b_i += mu * (K_e / (K N) - load_i / (K tokens))` for real experts. 0 freezes the
+            biases. Routers without a correction bias (DeepSeek-V2, Step3) have nothing to update.
         sequence_loss: coefficient of DeepSeek-V3's sequence-wise loss, over choices by plain scores.
         expert_loss: coefficient of DeepSeek-V2's expert-level loss, over the router's choices.
         device_loss: coefficient of DeepSeek-V2's device-level loss, or LongCat's where there are zero experts.
@@ -189,8 +189,10 @@ class RouterBalance:
             if self.options.device_loss or self.options.communication_loss:
                 losses._group_size(self._num_real(router), self._num_devices(router))
             if hasattr(router, "num_real_experts") and self._real_per_token(router) > router.top_k:
-                value = self.options.real_experts_per_token
-                raise ValueError(f"`real_experts_per_token={value}` is more than the {router.top_k} choices of a token.")
+                raise ValueError(
+                    f"`real_experts_per_token={self.options.real_experts_per_token}` is more than the {router.top_k} "
+                    "choices of a token."
+                )
             break
 
     def detach(self) -> None:
