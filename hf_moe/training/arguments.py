@@ -81,7 +81,10 @@ class FinetuneArguments:
     dataloader_num_workers: int = option(0, "Processes that put batches together.")
 
     # --- optimiser ---
-    optim: str = option("adamw_torch", "Optimiser.")
+    optim: str = option(
+        "adamw_torch", "Optimiser; muon updates matrices, muonclip with QK-Clip, and leaves the rest to AdamW.",
+        choices=("adamw_torch", "adamw_torch_fused", "adamw", "muon", "muonclip"),
+    )  # fmt: skip
     learning_rate: float | None = option(None, "Peak rate; left out: 2e-4 for LoRA, 2e-5 for full fine-tuning.")
     lr_scheduler_type: str = option("linear", "Any schedule of Transformers, as cosine or constant_with_warmup.")
     lr_scheduler_kwargs: str | None = option(None, "More arguments of the schedule, as JSON.")
@@ -91,6 +94,7 @@ class FinetuneArguments:
     adam_beta1: float = option(0.9, "Decay of AdamW's mean.")
     adam_beta2: float = option(0.999, "Decay of AdamW's variance.")
     adam_epsilon: float = option(1e-8, "Of AdamW.")
+    muon_momentum: float = option(0.95, "Momentum of Muon.")
     max_grad_norm: float = option(1.0, "Clip gradients to this norm; 0: never.")
 
     # --- precision and memory ---
@@ -139,6 +143,18 @@ class FinetuneArguments:
     )  # fmt: skip
     mtp_loss_weight: float | None = option(None, "Weight of the MTP losses; left out: as configured (0.3).")
 
+    # --- router and attention ---
+    router_bias_update_rate: float | None = option(
+        None, "Step of the correction biases, 0 freezes them; left out: as published, for LoRA 0."
+    )
+    router_sequence_loss: float | None = option(None, "Coefficient of DeepSeek-V3's balance loss; likewise.")
+    router_expert_loss: float | None = option(None, "Coefficient of DeepSeek-V2's expert-level loss; likewise.")
+    router_device_loss: float | None = option(None, "Coefficient of the device-level loss; likewise.")
+    router_communication_loss: float | None = option(None, "Coefficient of the communication loss; likewise.")
+    router_num_devices: int | None = option(None, "Devices that the last two speak of; left out: the router's groups.")
+    router_real_experts_per_token: float | None = option(None, "LongCat: real experts a token gets on average.")
+    qk_clip_threshold: float | None = option(None, "QK-Clip of latent attention; left out: 100 with muonclip.")
+
     def __post_init__(self):
         for name in ("model_name_or_path", "dataset_name", "output_dir"):
             if not getattr(self, name):
@@ -180,7 +196,7 @@ class FinetuneArguments:
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         not_negative = ("learning_rate", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm",
-                        "validation_split", "mtp_loss_weight", "early_stopping_threshold",
+                        "validation_split", "mtp_loss_weight", "qk_clip_threshold", "early_stopping_threshold",
                         "dataloader_num_workers")  # fmt: skip
         for name in not_negative:
             value = getattr(self, name)

@@ -36,6 +36,10 @@ class Callback:
         """After an optimiser step; the numbers returned go into the next line of the log."""
         return None
 
+    def metrics(self, trainer: "FinetuneTrainer") -> dict[str, float]:
+        """More numbers for a line of the log; asked when one is due, on every process."""
+        return {}
+
     def on_log(self, trainer: "FinetuneTrainer", metrics: dict[str, float]) -> None:
         """When a line is logged, on the main process alone."""
 

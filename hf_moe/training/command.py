@@ -13,7 +13,7 @@ def run_finetune(argv: list[str]) -> None:
 
     Raises:
         ValueError: for options and data that cannot be used.
-        RuntimeError: when the device's memory is not enough, with what to try.
+        SystemExit: with a message, when memory is not enough or the loss is no longer a number.
     """
     if not argv or "--help" in argv or "-h" in argv:
         print_options()
@@ -25,7 +25,9 @@ def run_finetune(argv: list[str]) -> None:
     try:
         finetune(args)
     except torch.OutOfMemoryError as error:
-        raise RuntimeError(memory_hint(error)) from error
+        raise SystemExit(f"hf-moe finetune: {memory_hint(error)}") from error
+    except FloatingPointError as error:
+        raise SystemExit(f"hf-moe finetune: {error}") from error
 
 
 def print_options(console: Console | None = None) -> None:

@@ -4,7 +4,9 @@ import torch
 from torch import nn
 
 from .arguments import FinetuneArguments
+from .muon import Muon, muon_groups
 
+MUON = ("muon", "muonclip")
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw")
 
 
@@ -18,7 +20,15 @@ def build_optimizer(model: nn.Module, args: FinetuneArguments) -> torch.optim.Op
         raise ValueError("nothing is trained: no parameter of the model requires a gradient")
     if args.optim in ADAMW:
         return build_adamw(model, args)
-    raise ValueError(f"--optim must be one of {', '.join(ADAMW)}, got {args.optim!r}")
+    if args.optim in MUON:
+        return Muon(
+            muon_groups(model, weight_decay=args.weight_decay),
+            lr=args.learning_rate,
+            momentum=args.muon_momentum,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+        )
+    raise ValueError(f"--optim must be one of {', '.join((*ADAMW, *MUON))}, got {args.optim!r}")
 
 
 def build_adamw(model: nn.Module, args: FinetuneArguments) -> torch.optim.AdamW:

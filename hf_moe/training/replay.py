@@ -69,4 +69,6 @@ def replay_routes(model: nn.Module) -> int:
 def enable_gradient_checkpointing(model: nn.Module) -> None:
     """Switches gradient checkpointing on, with replayed routes; `model` is ours or a PEFT model around it."""
     replay_routes(model)
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": replay_contexts})
+    # Transformers 5.23 renames the method.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": replay_contexts})

@@ -16,6 +16,7 @@ from .checkpoints import find_checkpoint, list_checkpoints
 from .data import TokenRows, load_rows
 from .lora import trained_table
 from .output import push, write_result
+from .router_callbacks import balance_callbacks
 from .sources import DataError
 from .trainer import FinetuneTrainer, TrainResult, make_accelerator, print_on_main
 
@@ -53,6 +54,7 @@ def finetune(args: FinetuneArguments, callbacks: Sequence[Callback] = ()) -> Fin
         model = apply_lora(model, args)
     elif next((p for p in model.parameters() if p.requires_grad and p.dtype.itemsize < 2), None) is not None:
         raise ValueError("FP8 weights cannot be trained: pass --use_peft, or load a dequantised checkpoint")
+    callbacks = [*balance_callbacks(model, args), *callbacks]
     trainer = FinetuneTrainer(model, args, train, held_out, tokenizer, callbacks, accelerator)
     print_on_main(accelerator, trained_table(model), estimate_memory(model))
     result = trainer.train()

@@ -271,6 +271,8 @@ class FinetuneTrainer:
             metrics["learning_rate"] = self.scheduler.get_last_lr()[0]
             metrics["tokens_per_second"] = (tokens - self._clock[1]) / max(1e-9, now - self._clock[0])
             metrics["tokens"] = tokens
+            for callback in self.callbacks:
+                metrics.update(callback.metrics(self))
             self._clock = (now, tokens)
             self.log(metrics)
             progress.set_postfix(loss=f"{metrics['loss']:.4f}")
