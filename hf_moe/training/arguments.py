@@ -247,6 +247,9 @@ def parse_arguments(argv: list[str], program: str = "hf-moe finetune") -> Finetu
             raise ValueError(message)
 
     parser = Parser(FinetuneArguments, prog=program, description="Fine-tune a model.", allow_abbrev=False)
+    for action in parser._actions:
+        if action.dest in ("add_bos_token", "ddp_find_unused_parameters"):  # yes, no, or left to others
+            action.nargs, action.const = "?", True
     parser.add_argument("--config", help="JSON or YAML file with options; those of the command line win.")
     defaults: dict[str, Any] = {}
     for at, word in enumerate(argv):
