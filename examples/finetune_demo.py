@@ -131,7 +131,7 @@ def main() -> None:
         "minutes": (time.perf_counter() - began) / 60,
         "train_tokens": run.trainer.train_dataset.num_targets,
         "held_out_loss": [evaluations[0], evaluations[-1]],
-        "trained_parameters": sum(p.numel() for n, p in run.trainer.unwrapped.named_parameters() if p.requires_grad),
+        "trained_parameters": run.trained_parameters,
     }
 
     merged = work / "adapter" / "merged"

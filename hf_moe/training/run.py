@@ -30,6 +30,7 @@ class FinetuneResult:
     tokenizer: object
     training: TrainResult
     trainer: FinetuneTrainer
+    trained_parameters: int
     commit: str | None = None
 
 
@@ -57,13 +58,14 @@ def finetune(args: FinetuneArguments, callbacks: Sequence[Callback] = ()) -> Fin
     callbacks = [*balance_callbacks(model, args), *callbacks]
     trainer = FinetuneTrainer(model, args, train, held_out, tokenizer, callbacks, accelerator)
     print_on_main(accelerator, trained_table(model), estimate_memory(model))
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     result = trainer.train()
     folder = write_result(trainer, result)
     print_on_main(accelerator, f"written to {folder}")
     commit = push(args) if args.push_to_hub and accelerator.is_main_process else None
     if commit:
         print_on_main(accelerator, f"uploaded: {commit}")
-    return FinetuneResult(folder, trainer.unwrapped, tokenizer, result, trainer, commit)
+    return FinetuneResult(folder, trainer.unwrapped, tokenizer, result, trainer, count, commit)
 
 
 def check_output_dir(args: FinetuneArguments) -> None:
