@@ -55,7 +55,7 @@ def _rows_by_expert(topk_indices: torch.Tensor, num_experts: int) -> Iterator[_R
 
 def _matrix(weight: torch.Tensor, scale: torch.Tensor | None, expert: int, dtype: torch.dtype, parts: int):
     if scale is None:
-        return weight[expert]
+        return weight[expert].to(dtype)  # under autocast, weights may be wider than the tokens
     return dequantize_block_fp8(weight[expert], scale[expert], parts=parts).to(dtype)
 
 
@@ -197,7 +197,8 @@ def experts_cpu_training(hidden, topk_indices, topk_weights, weights: tuple, lor
     fixed = _Fixed(
         topk_indices, gate_up_scale, down_scale, *scalings, lora.kept_hidden, lora.kept_inner, lora.kept_factor
     )
-    factors = [factor if factor is None else factor.to(hidden.dtype) for factor in lora.factors]
-    if with_grad:
-        return _ExpertsCpu.apply(hidden, topk_weights, gate_up_proj, down_proj, fixed, *factors)
-    return _forward(hidden, topk_weights, gate_up_proj, down_proj, factors, fixed, save=False)[0]
+    inputs = (hidden, topk_weights, gate_up_proj, down_proj)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if with_grad:
+            return _ExpertsCpu.apply(*inputs, fixed, *lora.factors)
+        return _forward(*inputs, lora.factors, fixed, save=False)[0]
