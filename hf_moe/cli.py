@@ -116,6 +116,19 @@ def route(
         run_route(model, text, out, groups, max_tokens, window, layer, json, explain)
 
 
+# The options are those of a dataclass, which Transformers' parser reads: see `training.arguments`.
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def finetune(context: typer.Context) -> None:
+    """Fine-tune a model, with LoRA or whole, on JSONL, Parquet, text or a Hub dataset (--help for the options)."""
+    from .training.command import run_finetune
+
+    with _clear_errors():
+        run_finetune(context.args)
+
+
 @contextmanager
 def _clear_errors():
     try:
