@@ -83,9 +83,10 @@ def print_summary(source: Source, summary: Summary, dry_run: bool) -> None:
     for name, size in shown if len(shown) <= 12 else [*shown[:5], ("...", None), *shown[-5:]]:
         table.add_row(name, "" if size is None else f"{size:,}")
     console.print(table)
+    count = f"{len(shown)} {'file' if len(shown) == 1 else 'files'}"
     lines = [
-        f"{summary.tensors:,} tensors, {human_bytes(summary.bytes_written)} in {len(shown)} {'file' if len(shown) == 1 else 'files'}, "
-        f"from {human_bytes(summary.bytes_read)}",
+        f"{summary.tensors:,} tensors, {human_bytes(summary.bytes_written)} in {count}, from "
+        f"{human_bytes(summary.bytes_read)}",
         f"other files: {', '.join(summary.files)}",
         *summary.notes,
     ]
@@ -96,8 +97,8 @@ def print_summary(source: Source, summary: Summary, dry_run: bool) -> None:
         rate = summary.bytes_written / max(summary.seconds, 1e-9)
         lines.append(f"written to {summary.target} in {human_seconds(summary.seconds)}, {human_bytes(rate)}/s")
         report = summary.manifest["steps"][-1].get("report", {})
-        if report.get("squared_weights"):
-            error = (report["squared_error"] / report["squared_weights"]) ** 0.5
+        if report.get("sampled_squared_weights"):
+            error = (report["sampled_squared_error"] / report["sampled_squared_weights"]) ** 0.5
             lines.append(f"relative error of the quantised weights (root mean square): {error:.3g}")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
