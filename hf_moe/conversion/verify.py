@@ -207,7 +207,7 @@ def _check_manifest(folder: Path, report: Report) -> None:
         return
     for name, expected in sorted(shards.items()):
         file = folder / name
-        if Path(name).name != name or not file.is_file():
+        if ".." in Path(name).parts or Path(name).is_absolute() or not file.is_file():
             report.problems.append(f"{file}: {MANIFEST_NAME} lists this file, but it is not there.")
         elif file_sha256(file) != expected:
             report.problems.append(f"{file}: its SHA-256 is not the one in {MANIFEST_NAME}: it has changed since.")
@@ -216,7 +216,7 @@ def _check_manifest(folder: Path, report: Report) -> None:
 
 def manifest_checksums(manifest: dict[str, Any]) -> dict[str, str]:
     """File name to SHA-256 of the files that a manifest lists."""
-    return {shard["name"]: shard["sha256"] for shard in manifest["shards"]}
+    return {name: record["sha256"] for name, record in manifest["files"].items()}
 
 
 def file_sha256(path: Path) -> str:
