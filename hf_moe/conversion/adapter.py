@@ -40,7 +40,7 @@ class Delta:
         a, b: the factors in the file.
         scaling: alpha over the rank, or over its root.
         experts: matrices that share the factors; 1 for a plain weight.
-        swapped: whether `a` belongs to the rows of the weight (embeddings; fused parameters in older PEFT).
+        swapped: whether `a` belongs to the rows of the weight (embeddings; fused parameters in PEFT before 0.20).
     """
 
     a: SourceTensor
@@ -219,14 +219,17 @@ def deltas_of(adapter: Adapter, target: Target, parameters: dict[str, tuple[int,
     for name, shape in parameters.items():
         if len(shape) != 3 or sorted(shape[1:]) != sorted(sizes) or target.a.shape[0] % shape[0]:
             continue
-        if shape[1] == shape[2] and not _newer_peft(adapter.config):
-            raise adapter.complain(
-                target.a,
-                f"fits {target.module}.{name} {shape} either way round; PEFT's releases differ, and its configuration "
-                "does not name the one that saved it (`peft_version`, or one from 0.19 on)",
-            )
         scaling = adapter.scaling(f"{target.module}.{name}", target.a.shape[0] // shape[0])
-        swapped = shape[1] != shape[2] and sizes != tuple(shape[1:])
+        swapped = sizes != tuple(shape[1:])
+        if shape[1] == shape[2]:
+            release = _peft_release(adapter.config)
+            if release is None:
+                raise adapter.complain(
+                    target.a,
+                    f"fits {target.module}.{name} {shape} either way round: PEFT changed which is which in 0.20, and "
+                    "adapter_config.json does not name the release that saved it. Add its `peft_version` there",
+                )
+            swapped = release < (0, 20)
         yield name, Delta(target.a, target.b, scaling, experts=shape[0], swapped=swapped)
         return
     raise adapter.complain(
@@ -242,6 +245,6 @@ def _checked(adapter, target: Target, name: str, delta: Delta, parameters) -> tu
     return name, delta
 
 
-def _newer_peft(config: dict[str, Any]) -> bool:
+def _peft_release(config: dict[str, Any]) -> tuple[int, int] | None:
     found = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version") or ""))
-    return bool(found) and (int(found[1]), int(found[2])) >= (0, 19)
+    return (int(found[1]), int(found[2])) if found else None
