@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,9 @@ class Store:
     def checksum(self, filename: str) -> str | None:
         """The file's SHA-256 where it is known without reading the file."""
         return None
+
+    def forget_heads(self) -> None:
+        """Frees what was kept for reading headers."""
 
     def path(self, filename: str) -> str:
         """The file's name for messages."""
@@ -242,10 +246,13 @@ def read_source(store: Store) -> Source:
     present = store.files()
     config = _read_config(store, present)
     filenames, weight_map = _weight_files(store, present)
+    carried = carried_files(present)
+    if isinstance(store, LocalStore):
+        for filename in carried:
+            store.check_link(filename)
     entries: dict[str, SourceTensor] = {}
-    headers = {}
-    for filename in filenames:
-        found, headers[filename] = read_header(store, filename, present[filename])
+    headers: dict[str, str] = {}
+    for filename, (found, headers[filename]) in zip(filenames, _read_headers(store, filenames, present)):
         for entry in found:
             if entry.name in entries:
                 places = f"{store.path(entries[entry.name].filename)} and {store.path(filename)}"
@@ -255,7 +262,14 @@ def read_source(store: Store) -> Source:
     if not entries:
         raise CheckpointError(f"{store.place}: the weight files hold no tensor.")
     files = {filename: present[filename] for filename in filenames}
-    return Source(store, store.name, config, entries, files, carried_files(present), headers)
+    return Source(store, store.name, config, entries, files, carried, headers)
+
+
+def _read_headers(store: Store, filenames: list[str], sizes: Mapping[str, int]) -> Iterator[tuple]:
+    """What `read_header` returns for each file; a few at a time, since a repository takes a while to answer."""
+    with ThreadPoolExecutor(8) as pool:
+        yield from pool.map(lambda filename: read_header(store, filename, sizes[filename]), filenames)
+    store.forget_heads()
 
 
 def _read_config(store: Store, present: Mapping[str, int]) -> dict[str, Any]:
