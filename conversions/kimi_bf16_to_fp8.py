@@ -1,6 +1,6 @@
 """Kimi-K2: bfloat16 to block FP8 as released.
 
-    python conversions/kimi_bf16_to_fp8.py Kimi-K2-bf16 Kimi-K2-fp8
+python conversions/kimi_bf16_to_fp8.py Kimi-K2-bf16 Kimi-K2-fp8
 """
 
 from hf_moe.conversion.quantization import plan_fp8

@@ -1,6 +1,6 @@
 """Kimi-K2 Base and Instruct: block FP8 to bfloat16.
 
-    python conversions/kimi_fp8_to_bf16.py moonshotai/Kimi-K2-Instruct Kimi-K2-bf16
+python conversions/kimi_fp8_to_bf16.py moonshotai/Kimi-K2-Instruct Kimi-K2-bf16
 """
 
 from hf_moe.conversion.quantization import plan_bf16

@@ -1,6 +1,6 @@
 """Kimi-K2-Thinking: packed INT4 experts to bfloat16.
 
-    python conversions/kimi_int4_to_bf16.py moonshotai/Kimi-K2-Thinking Kimi-K2-Thinking-bf16
+python conversions/kimi_int4_to_bf16.py moonshotai/Kimi-K2-Thinking Kimi-K2-Thinking-bf16
 """
 
 from hf_moe.conversion.quantization import plan_bf16

@@ -1,6 +1,6 @@
 """LongCat-Flash: bfloat16 to block FP8 as released; the router stays float32, the n-gram tables bfloat16.
 
-    python conversions/longcat_bf16_to_fp8.py meituan-longcat/LongCat-Flash-Chat LongCat-Flash-Chat-fp8
+python conversions/longcat_bf16_to_fp8.py meituan-longcat/LongCat-Flash-Chat LongCat-Flash-Chat-fp8
 """
 
 from hf_moe.conversion.quantization import plan_fp8

@@ -1,6 +1,6 @@
 """LongCat-Flash FP8 releases: block FP8 to bfloat16; the router stays float32.
 
-    python conversions/longcat_fp8_to_bf16.py meituan-longcat/LongCat-Flash-Chat-FP8 LongCat-Flash-Chat-bf16
+python conversions/longcat_fp8_to_bf16.py meituan-longcat/LongCat-Flash-Chat-FP8 LongCat-Flash-Chat-bf16
 """
 
 from hf_moe.conversion.quantization import plan_bf16

@@ -90,6 +90,8 @@ class Plan:
         shard_of: the file of each output, for layouts of their own, which have no index; left out: shards and index
             as on the Hub.
         notes: what the user should know, one sentence each.
+        stored_name: the name of each output inside its file, where files hold tensors of the same name; left out: its
+            own.
     """
 
     title: str
@@ -100,6 +102,7 @@ class Plan:
     options: dict[str, Any] = field(default_factory=dict)
     shard_of: Callable[[str], str] | None = None
     notes: list[str] = field(default_factory=list)
+    stored_name: Callable[[str], str] | None = None
 
 
 def copy_group(source: Source, name: str, new_name: str | None = None) -> Group:

@@ -219,9 +219,18 @@ def open_source(path_or_hub_id: str | os.PathLike, *, revision: str | None = Non
     Raises:
         CheckpointError: for whatever is wrong with it; the message names the file and what to do.
     """
+    return read_source(open_store(path_or_hub_id, revision, token))
+
+
+def open_store(path_or_hub_id: str | os.PathLike, revision: str | None = None, token: str | None = None) -> "Store":
+    """The files of a local folder or, where there is none of that name, of a repository on the Hub.
+
+    Raises:
+        CheckpointError: if there is neither.
+    """
     folder = Path(path_or_hub_id)
     if folder.is_dir():
-        return read_source(LocalStore(folder))
+        return LocalStore(folder)
     text = os.fspath(path_or_hub_id)
     if folder.exists():
         raise CheckpointError(f"{folder} is a file. Name the folder of the checkpoint.")
@@ -229,7 +238,7 @@ def open_source(path_or_hub_id: str | os.PathLike, *, revision: str | None = Non
         raise CheckpointError(f"{text}: there is no such folder.")
     from .hub_store import open_hub_store
 
-    return read_source(open_hub_store(text, revision, token))
+    return open_hub_store(text, revision, token)
 
 
 def read_source(store: Store) -> Source:

@@ -10,7 +10,7 @@ import os
 import re
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +94,7 @@ def lay_out(plan: Plan, max_shard_size: int) -> list[Shard]:
         for index, run in enumerate(runs):
             many = f"model-{index + 1:05d}-of-{len(runs):05d}.safetensors"
             parts[many if len(runs) > 1 else SINGLE_NAME] = run
-    return [_shard(filename, groups) for filename, groups in parts.items()]
+    return [_shard(filename, groups, plan.stored_name or str) for filename, groups in parts.items()]
 
 
 def _runs(groups: list[Group], max_shard_size: int) -> list[list[Group]]:
@@ -110,7 +110,7 @@ def _runs(groups: list[Group], max_shard_size: int) -> list[list[Group]]:
     return runs
 
 
-def _shard(filename: str, groups: list[Group]) -> Shard:
+def _shard(filename: str, groups: list[Group], stored_name: Callable[[str], str]) -> Shard:
     outputs = [output for group in groups for output in group.outputs]
     # Readers view bytes as numbers, for which a tensor must begin at a multiple of its element size. In the order of
     # the groups, in which bytes are made and checksums taken along, this holds for the sizes of real models.
@@ -127,7 +127,7 @@ def _shard(filename: str, groups: list[Group]) -> Shard:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     for output in outputs:
         begin = begins[output.name]
-        header[output.name] = {
+        header[stored_name(output.name)] = {
             "dtype": DTYPE_NAMES[output.dtype],
             "shape": list(output.shape),
             "data_offsets": [begin, begin + output.nbytes],
