@@ -1,18 +1,17 @@
 """A fast tokenizer (`tokenizer.json`) out of a tiktoken vocabulary, as the Kimi-K2 releases have it.
 
-The releases hold `tiktoken.model` (one `base64 rank` a line), a `tokenizer_config.json` that names some of the 256 special
-ids after the ranks, and remote code that joins the two. What is written here loads with plain `AutoTokenizer`.
+The releases hold `tiktoken.model` (one `base64 rank` a line), a `tokenizer_config.json` that names some of the 256
+special ids after the ranks, and remote code that joins the two. What is written here loads with plain `AutoTokenizer`.
 
-**Merges.** tiktoken has no list of merges: it joins, again and again, the neighbours whose bytes together have the lowest
-rank, the leftmost of several. The tokenizers library joins by a list of pairs. One pair a token is enough, and exact:
-what happens between the two ends of a token, before anything is joined across them, happens in the order in which it
-happens to the token's bytes alone; so the last join that makes a token is always the one found by running tiktoken's rule
-on its bytes. More pairs a token would even be wrong: of two ways to join `a aa`, `aa a`, tiktoken takes the leftmost, a
-list of pairs the one it has first. A token that its own bytes do not lead to is found only as a whole piece, by tiktoken
-and, with `ignore_merges`, by us.
+**Merges.** tiktoken has no list of merges: it joins, again and again, the neighbours whose bytes together have the
+lowest rank, the leftmost of several. The tokenizers library joins by a list of pairs. One pair a token is enough, and
+exact: what happens between the two ends of a token, before anything is joined across them, happens in the order in
+which it happens to the token's bytes alone; so the last join that makes a token is always the one found by running
+tiktoken's rule on its bytes, and other splits of it never stand beside one another. A token that its own bytes do not
+lead to is found only as a whole piece, by tiktoken and, with `ignore_merges`, by us.
 
-**Pieces.** The published pattern has intersections of character classes, which the library's regular expressions have too,
-and over the same Unicode tables: every code point falls into the same classes (a test compares all of them).
+**Pieces.** The published pattern has intersections of character classes, which the library's regular expressions have
+too, and over the same Unicode tables: every code point falls into the same classes (a test compares all of them).
 """
 
 import base64
@@ -87,13 +86,15 @@ def read_ranks(data: bytes, name: str = VOCABULARY) -> dict[bytes, int]:
         except (ValueError, binascii.Error) as error:
             raise TokenizerError(f"{name}, line {number}: {line[:60]!r} is not `base64 rank` ({error}).") from error
         if not token or token in ranks:
-            raise TokenizerError(f"{name}, line {number}: the token {token!r} is {'there twice' if token else 'empty'}.")
+            problem = "there twice" if token else "empty"
+            raise TokenizerError(f"{name}, line {number}: the token {token!r} is {problem}.")
         ranks[token] = rank
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise TokenizerError(f"{name}: the ranks of its {len(ranks)} tokens are not 0 to {len(ranks) - 1}, each once.")
     lacking = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if lacking:
-        raise TokenizerError(f"{name}: {len(lacking)} of the 256 single bytes have no rank, the first is {lacking[0]:#04x}.")
+        first = f"the first is {lacking[0]:#04x}"
+        raise TokenizerError(f"{name}: {len(lacking)} of the 256 single bytes have no rank, {first}.")
     return ranks
 
 
