@@ -2,22 +2,23 @@
 
 Nothing is written into the folder: what is added to it exists in memory. Large files go up first, a few at a time; one
 commit at the end makes all of them visible at once, so that nobody ever downloads half a checkpoint. A push that was
-interrupted is repeated as it was: files whose content the Hub has already are not sent again, with Xet down to the chunk.
-The way to the Hub is `huggingface_hub` alone.
+interrupted is repeated as it was: files whose content the Hub has already are not sent again, with Xet not even chunks
+of them. The way to the Hub is `huggingface_hub` alone.
 """
 
 import fnmatch
+import importlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import get_session, validate_repo_id
 
 from ..inspect.report import bytes_text
 from .bundle import PROCESSOR_FILES, code_bundle
@@ -38,7 +39,9 @@ class PushError(ValueError):
 
 @dataclass(frozen=True)
 class PushOptions:
-    """- `public`: of a repository that the push creates; one that exists is never made public, nor filled unless so told.
+    """How to push.
+
+    - `public`: whether the repository that is created is; a public one that exists is filled only if this is set.
     - `revision`: branch to push to, made where it is missing.
     - `code`: add the modules of the model. `card`: `None` writes a card where there is none but ours; `True` always.
     - `exclude`: patterns of names that stay behind.
@@ -107,7 +110,7 @@ def plan_push(folder: Path, repo: str, options: PushOptions = PushOptions()) -> 
         licence = licence_of(None if options.about.licence else base_model_of(checkpoint, options.about))
         if licence is not None:
             made["LICENSE"] = licence.read()
-            checkpoint = _with_file(checkpoint, "LICENSE")
+            checkpoint = replace(checkpoint, files=checkpoint.files | {"LICENSE"})
         elif not options.about.licence:
             notes.append("No licence is known: name the release with --base-model, or give --license.")
     if card:
@@ -124,12 +127,6 @@ def check_repo(repo: str) -> None:
         raise PushError(f"{repo!r} is no name of a repository: {error}") from error
     if "/" not in repo:
         raise PushError(f"{repo!r} lacks the owner: give owner/name.")
-
-
-def _with_file(checkpoint, name: str):
-    from dataclasses import replace
-
-    return replace(checkpoint, files=checkpoint.files | {name})
 
 
 def _has_code(folder: Path, options: PushOptions) -> bool:
@@ -268,10 +265,9 @@ def _theirs(api: HfApi, plan: Plan, options: PushOptions) -> bool:
     """Whether the repository has a card that is not ours, and we were not told to replace it."""
     if not plan.card or options.card:
         return False
-    try:
-        path = api.hf_hub_download(plan.repo, README, revision=options.revision)
-    except EntryNotFoundError:
+    if not api.file_exists(plan.repo, README, revision=options.revision):
         return False
+    path = api.hf_hub_download(plan.repo, README, revision=options.revision)
     return not is_ours(Path(path).read_text(encoding="utf-8", errors="replace"))
 
 
@@ -324,8 +320,13 @@ def clear_errors(repo: str) -> Iterator[None]:
         if isinstance(reason, HfHubHTTPError):
             raise PushError(f"{error} {explain(reason, repo)}") from error
         raise PushError(f"{error} {reason or ''} What was sent is kept: run the same command again.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, _network_error()) as error:
         raise PushError(f"the push to {repo} failed: {error}. Run the same command again to go on.") from error
+
+
+def _network_error() -> type[Exception]:
+    """What the client's HTTP library raises without an answer; which library that is depends on the release."""
+    return importlib.import_module(type(get_session()).__module__.partition(".")[0]).HTTPError
 
 
 ADVICE = {
