@@ -174,7 +174,7 @@ def tokenizer(
     target: Annotated[Path | None, typer.Argument(help="Folder to write to; left out: SOURCE.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a tokenizer.json that is there.")] = False,
 ) -> None:
-    """Make a fast tokenizer out of a tiktoken vocabulary: the same ids from plain AutoTokenizer, without remote code."""
+    """Make a fast tokenizer out of a tiktoken vocabulary: the same ids from plain AutoTokenizer."""
     from .hub.command import run_tokenizer
 
     with _clear_errors():
