@@ -181,12 +181,34 @@ def tokenizer(
         run_tokenizer(source, target, overwrite)
 
 
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder of a checkpoint, or Hub id, read without a download.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; it appears when everything is written.")],
+    to: Annotated[str, typer.Option(help="bf16, fp8 or fp8-ue8m0.")],
+    max_shard_size: Annotated[str, typer.Option(help="Of a weight file, such as 5GB or 500MB.")] = "5GB",
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; left out: 2, for the Hub 8.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be written.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+) -> None:
+    """Write a checkpoint in another format, piece by piece; repeat the command to go on after an interruption."""
+    from .conversion.command import run_convert
+
+    with _clear_errors():
+        run_convert(
+            source, target, to, workers=workers, max_shard_size=max_shard_size, dry_run=dry_run, revision=revision
+        )
+
+
 @contextmanager
 def _clear_errors():
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
+    except KeyboardInterrupt as interrupt:
+        typer.echo(str(interrupt) or "Interrupted.", err=True)
+        raise typer.Exit(130) from interrupt
 
 
 if __name__ == "__main__":
