@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..hub.tokenizer import with_fast_tokenizer
 from .plan import Plan
 from .progress import human_bytes, human_seconds
 from .quantization import plan_bf16, plan_fp8, plan_fp8_ue8m0
@@ -63,7 +64,8 @@ def run_convert(
 def carry_out(
     source: Source, plan: Plan, target: Path, workers: int, max_shard_size: str, dry_run: bool, progress: bool = True
 ) -> Summary:
-    """Runs a plan and prints its summary."""
+    """Runs a plan and prints its summary. A tiktoken vocabulary gets a fast tokenizer beside it."""
+    plan = with_fast_tokenizer(source, plan)
     summary = convert(
         source, plan, target, workers=workers, max_shard_size=max_shard_size, dry_run=dry_run, progress=progress
     )

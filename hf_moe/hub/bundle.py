@@ -15,6 +15,11 @@ MODELS = Path(models.__file__).parent
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
+def knows_model_type(config: Mapping[str, Any]) -> bool:
+    """Whether the model is one of ours."""
+    return (config.get("model_type") or type_by_name(config.get("architectures"))) in FAMILIES
+
+
 def model_type_of(config: Mapping[str, Any], name: str) -> str:
     """The family of a configuration, by `model_type` or, where it has none, by class name.
 
@@ -63,7 +68,8 @@ def code_bundle(files: Mapping[str, bytes], name: str) -> dict[str, bytes]:
     Raises:
         ValueError: for a model type that is not ours.
     """
-    config = json.loads(files["config.json"])
+    content = {filename: _parse(data, f"{name}/{filename}") for filename, data in files.items()}
+    config = content["config.json"]
     wanted = code_map(model_type_of(config, name))
     bundle = {}
     for module in module_closure({reference.split(".")[0] for reference in wanted.values()}):
@@ -71,11 +77,21 @@ def code_bundle(files: Mapping[str, bytes], name: str) -> dict[str, bytes]:
     named = {"config.json": {**config, "auto_map": wanted}}
     for filename in PROCESSOR_FILES:
         if filename in files:
-            named[filename] = _renamed(json.loads(files[filename]), wanted)
-    for filename, content in named.items():
-        if content != json.loads(files[filename]):
-            bundle[filename] = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+            named[filename] = _renamed(content[filename], wanted)
+    for filename, wanted_content in named.items():
+        if wanted_content != content[filename]:
+            bundle[filename] = (json.dumps(wanted_content, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
     return bundle
+
+
+def _parse(data: bytes, path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object.")
+    return content
 
 
 def _renamed(content: Any, wanted: Mapping[str, str]) -> Any:

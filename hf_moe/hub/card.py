@@ -23,9 +23,9 @@ from ..inspect.sources import Source, read_source, stored_precision
 from ..version import __version__
 from .bundle import model_type_of
 from .families import FAMILIES, Family, Licence, licence_of
+from .manifest import MANIFEST
 
 TEMPLATE = Path(__file__).parent / "card.md"
-MANIFEST = "conversion.json"
 CONTEXT = 32768  # tokens of the cache in the table of memory
 PRECISIONS = {"bf16": "bfloat16", "fp8": "block FP8", "int4": "INT4 experts"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -201,25 +201,32 @@ def base_model_of(checkpoint: Checkpoint, options: CardOptions) -> str | None:
         if not _HUB_NAME.fullmatch(options.base_model):
             raise ValueError(f"--base-model {options.base_model!r} is not of the form owner/name.")
         return options.base_model
-    name = _source_name(checkpoint.manifest).partition("@")[0]
-    if _HUB_NAME.fullmatch(name):
-        return name
+    for step in _steps(checkpoint.manifest):
+        name = _source_name(step).partition("@")[0]
+        if _HUB_NAME.fullmatch(name):
+            return name
     stated = checkpoint.metadata.get("base_model")
     stated = stated[0] if isinstance(stated, list) and stated else stated
     return stated if isinstance(stated, str) and _HUB_NAME.fullmatch(stated) else None
 
 
-def _source_name(manifest: Mapping[str, Any] | None) -> str:
-    source = (manifest or {}).get("source")
+def _steps(manifest: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The conversions that made the files, the first one first."""
+    steps = (manifest or {}).get("steps")
+    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+
+
+def _source_name(step: Mapping[str, Any]) -> str:
+    source = step.get("source")
     name = source.get("name") if isinstance(source, dict) else source
     return name if isinstance(name, str) else ""
 
 
 def _relation(checkpoint: Checkpoint) -> str | None:
-    title = str((checkpoint.manifest or {}).get("title") or "").lower()
-    if "lora" in title or "merge" in title:
+    titles = " ".join(str(step.get("title", "")) for step in _steps(checkpoint.manifest)).lower()
+    if "lora" in titles or "merge" in titles:
         return "finetune"
-    return "quantized" if title and stored_precision(checkpoint.config) in ("fp8", "int4") else None
+    return "quantized" if titles and stored_precision(checkpoint.config) in ("fp8", "int4") else None
 
 
 def _tags(checkpoint: Checkpoint, model_type: str) -> list[str]:
@@ -379,32 +386,42 @@ def _sizes(checkpoint: Checkpoint, model_type: str) -> tuple[list[tuple[str, str
     return [(name, f"{count_text(value)} ({value:,})") for name, value in rows if value], memory, per_token
 
 
-def _conversion(checkpoint: Checkpoint) -> tuple[str, list[tuple[str, str]], list[dict[str, Any]]]:
-    """The sentence on how the files came about, the table of the step, and tables of checksums."""
-    manifest = checkpoint.manifest
-    if manifest is None:
+def _conversion(checkpoint: Checkpoint) -> tuple[str, list[dict[str, str]], list[dict[str, Any]]]:
+    """The sentence on how the files came about, the rows of the steps, and tables of checksums."""
+    steps = _steps(checkpoint.manifest)
+    if not steps:
         return "There is no record of a conversion with these files.", [], []
-    source = manifest.get("source") if isinstance(manifest.get("source"), dict) else {}
-    origin = _source_name(manifest)
+    rows, checksums = [], []
+    for number, step in enumerate(steps, 1):
+        options = ", ".join(
+            f"{key} {json.dumps(value, ensure_ascii=False)}"
+            for key, value in sorted((step.get("options") or {}).items())
+        )
+        versions = f"hf_moe {step.get('hf_moe', '?')}, torch {step.get('torch', '?')}"
+        cells = {"step": step.get("title", ""), "options": options, "source": _origin(step), "versions": versions}
+        rows.append({name: str(value).replace("|", "\\|") for name, value in cells.items()})
+        source = step.get("source") if isinstance(step.get("source"), dict) else {}
+        files = _file_rows(source.get("files"))
+        if files:
+            checksums.append(
+                {"title": f"SHA-256 of the {len(files)} weight files that step {number} read", "files": files}
+            )
+    # The card is among the files of the record where it was carried: its own checksum cannot stand in it.
+    listed = checkpoint.manifest.get("files")
+    weights = {name: entry for name, entry in listed.items() if name.endswith(".safetensors")} if listed else {}
+    files = _file_rows(weights)
+    if files:
+        checksums.insert(0, {"title": f"SHA-256 of the {len(files)} weight files here", "files": files})
+    return f"Converted by hf_moe; `{MANIFEST}` has the whole record.", rows, checksums
+
+
+def _origin(step: Mapping[str, Any]) -> str:
+    origin = _source_name(step)
     name, _, commit = origin.partition("@")
-    if _HUB_NAME.fullmatch(name):
-        link = f"[{name}](https://huggingface.co/{name}{f'/tree/{commit}' if commit else ''})"
-        origin = f"{link}, commit `{commit}`" if commit else link
-    else:
-        origin = f"a local folder, `{origin}`"
-    options = manifest.get("options") or {}
-    steps = [
-        ("from", origin),
-        ("step", str(manifest.get("title", ""))),
-        ("with", f"hf_moe {manifest.get('hf_moe_version') or manifest.get('hf_moe') or '?'}"),
-        *((f"`{key}`", f"`{json.dumps(value, ensure_ascii=False)}`") for key, value in sorted(options.items())),
-    ]
-    checksums = []
-    for title, listed in (("files here", manifest.get("shards")), ("files of the source", source.get("files"))):
-        rows = _file_rows(listed)
-        if rows:
-            checksums.append({"title": f"SHA-256 of the {len(rows)} weight {title}", "files": rows})
-    return f"Converted by hf_moe; `{MANIFEST}` has the whole record.", steps, checksums
+    if not _HUB_NAME.fullmatch(name):
+        return f"local folder `{origin}`"
+    link = f"[{name}](https://huggingface.co/{name}{f'/tree/{commit}' if commit else ''})"
+    return f"{link}, commit `{commit}`" if commit else link
 
 
 def _file_rows(listed: Any) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from ..inspect.report import bytes_text
 from .card import CardOptions, is_ours, read_checkpoint, render_card
+from .manifest import with_manifest
 from .push import README, Plan, PushError, PushOptions, plan_push, push, verify_before_push
 from .tokenizer import convert_tokenizer, write_whole
 
@@ -57,7 +58,11 @@ def run_card(folder: Path, out: Path | None, overwrite: bool, repo: str | None, 
     if path.is_file() and not overwrite and not is_ours(path.read_text(encoding="utf-8", errors="replace")):
         raise PushError(f"{path} exists and is not a card of ours: give --overwrite to replace it.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text.encode("utf-8"))
+    replaced = {README: text.encode("utf-8")}
+    if path.resolve() == (folder / README).resolve():
+        replaced = with_manifest(folder, replaced)
+    for name, data in replaced.items():
+        write_whole(path.with_name(name) if name != README else path, data)
     print(f"wrote {path}")
 
 

@@ -21,9 +21,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.utils import get_session, validate_repo_id
 
 from ..inspect.report import bytes_text
-from .bundle import PROCESSOR_FILES, code_bundle
+from .bundle import PROCESSOR_FILES, code_bundle, knows_model_type
 from .card import LICENCE_FILE, CardOptions, base_model_of, is_ours, read_checkpoint, render_card
 from .families import licence_of
+from .manifest import MANIFEST, with_manifest
 
 README = "README.md"
 # Left behind: what training leaves in a folder, and what nobody should load.
@@ -103,9 +104,11 @@ def plan_push(folder: Path, repo: str, options: PushOptions = PushOptions()) -> 
         replaced = [name for name in made if name.endswith(".py") and name in found]
         if any(found[name].read_bytes() != made[name] for name in replaced):
             notes.append("Modules of the folder that differ from those of this hf_moe are replaced by the latter.")
-    card, card_note = _card_is_ours(folder, options)
-    notes += [card_note] if card_note else []
     checkpoint = read_checkpoint(folder, repo, code=_has_code(folder, options))
+    card, card_note = _card_is_ours(folder, options)
+    if card and not options.card and not knows_model_type(checkpoint.config):
+        card, card_note = False, "There is no card for this model type."
+    notes += [card_note] if card_note else []
     if not any(LICENCE_FILE.fullmatch(name) for name in found):
         licence = licence_of(None if options.about.licence else base_model_of(checkpoint, options.about))
         if licence is not None:
@@ -115,6 +118,8 @@ def plan_push(folder: Path, repo: str, options: PushOptions = PushOptions()) -> 
             notes.append("No licence is known: name the release with --base-model, or give --license.")
     if card:
         made[README] = render_card(checkpoint, options.about).encode("utf-8")
+    if MANIFEST in found:  # its checksums are of the folder's files: let them be those of the repository's
+        made = with_manifest(folder, made)
     uploads = [Upload(name, made.get(name, found.get(name))) for name in sorted({*found, *made})]
     return Plan(repo, uploads, left, notes, card)
 

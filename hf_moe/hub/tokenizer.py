@@ -19,11 +19,13 @@ import binascii
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from .manifest import with_manifest
 
 VOCABULARY = "tiktoken.model"
 CONFIG = "tokenizer_config.json"
@@ -249,11 +251,38 @@ def convert_tokenizer(source: Path, target: Path, overwrite: bool = False) -> li
     files = {name: (source / name).read_bytes() for name in wanted}
     fast = make_fast_tokenizer(files, str(source))
     written = {name: files[name] for name in carried if name in files and target.resolve() != source.resolve()}
-    written |= fast.files
+    written |= with_manifest(target, fast.files)
     target.mkdir(parents=True, exist_ok=True)
     for name, data in written.items():
         write_whole(target / name, data)
     return [target / name for name in written]
+
+
+def with_fast_tokenizer(source: Any, plan: Any) -> Any:
+    """A plan of a conversion that writes the fast tokenizer too, where its source has only a tiktoken vocabulary.
+
+    The vocabulary itself is carried like every other file. One that cannot be converted is carried as it is, with a
+    note: the weights do not depend on it.
+
+    Args:
+        source: with `carried` (names) and `read_file(name)`.
+        plan: a dataclass with `carried`, `files` and `notes`.
+    """
+    carried = source.carried if plan.carried is None else plan.carried
+    if not needs_fast_tokenizer({*carried, *plan.files}) or CONFIG not in carried:
+        return plan
+    try:
+        fast = make_fast_tokenizer({name: source.read_file(name) for name in carried if name in (VOCABULARY, CONFIG)})
+    except TokenizerError as error:
+        return replace(plan, notes=[*plan.notes, f"No fast tokenizer: {error}"])
+    code = set(_remote_code(json.loads(source.read_file(CONFIG))))
+    note = f"{FAST} is made from {VOCABULARY}: plain AutoTokenizer gives the same ids, without remote code."
+    return replace(
+        plan,
+        files={**plan.files, **fast.files},
+        carried=tuple(name for name in carried if name not in code),
+        notes=[*plan.notes, note],
+    )
 
 
 def write_whole(path: Path, data: bytes) -> None:

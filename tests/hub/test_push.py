@@ -269,6 +269,7 @@ def test_bad_folders(hub, tmp_path, folder):
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     code, output = command("push", folder, REPO)
     assert code == 2 and "llama" in output and "--no-code" in output
+    assert plan_push(folder, REPO, PushOptions(code=False)).card is False
     (folder / "config.json").write_text("{")
     code, output = command("push", folder, REPO)
     assert code == 2 and "config.json" in output
