@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..hub.tokenizer import with_fast_tokenizer
 from .fused import plan_fused, plan_same, plan_upstream
 from .inference import is_inference, open_checkpoint, plan_hub, plan_inference
 from .plan import Plan
@@ -76,7 +77,8 @@ def default_workers(source: Source) -> int:
 def carry_out(
     source: Source, plan: Plan, target: Path, workers: int, max_shard_size: str, dry_run: bool, progress: bool = True
 ) -> Summary:
-    """Runs a plan and prints its summary."""
+    """Runs a plan and prints its summary. A tiktoken vocabulary gets a fast tokenizer beside it."""
+    plan = with_fast_tokenizer(source, plan)
     summary = convert(
         source, plan, target, workers=workers, max_shard_size=max_shard_size, dry_run=dry_run, progress=progress
     )
