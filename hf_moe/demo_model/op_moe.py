@@ -6,14 +6,22 @@ picks per call from device, dtype and token count. The readable definition is `E
 Shapes: T tokens, K choices per token, E experts, H hidden, I intermediate, N = T * K routed rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .op_experts import experts_on_kernels, why_not_kernels
+from .op_experts import (
+    SCALE_BLOCK,
+    TRITON_BACKEND_NAME,
+    ExpertLora,
+    experts_on_kernels,
+    is_silu,
+    why_not_kernels,
+)
+from .op_experts import experts as experts_with_lora
 from .op_fp8 import Fp8Format, fp8_linear
 from .op_linear import linear
 
@@ -259,14 +267,21 @@ def choose_backend(device: torch.device, dtype: torch.dtype, num_rows: int, comp
 
 
 def experts_forward(
-    experts: torch.nn.Module, hidden_states: torch.Tensor, topk_indices: torch.Tensor, topk_weights: torch.Tensor
+    experts: torch.nn.Module,
+    hidden_states: torch.Tensor,
+    topk_indices: torch.Tensor,
+    topk_weights: torch.Tensor,
+    lora: ExpertLora | None = None,
 ) -> torch.Tensor:
     """The `"hf_moe"` backend of the experts interface: gated experts in the concatenated layout.
 
     `experts` holds `gate_up_proj` (E, 2I, H), `down_proj` (E, H, I) and `act_fn`; the other arguments and the result
     are those of `experts_cpu`. On CUDA they run on the kernels of `op_experts` if these can compute them; else, and for
-    experts of another layout (transposed, biased, ungated), in `grouped_mm` or `batched_mm`.
+    experts of another layout (transposed, biased, ungated), in `grouped_mm` or `batched_mm`. `lora`, for our `Experts`
+    only, goes along inside the products.
     """
+    if lora is not None:
+        return _lora_forward(experts, hidden_states, topk_indices, topk_weights, lora)
     if hidden_states.is_cuda and why_not_kernels(experts, hidden_states.device) is None:
         return experts_on_kernels(experts, hidden_states, topk_indices, topk_weights)
     if getattr(experts, "fp8", None) is not None:
@@ -290,6 +305,23 @@ def experts_forward(
     return experts_cpu(hidden_states, topk_indices, topk_weights, *weights, experts.act_fn)
 
 
+def _lora_forward(experts, hidden_states, topk_indices, topk_weights, lora: ExpertLora) -> torch.Tensor:
+    if hidden_states.is_cuda and why_not_kernels(experts, hidden_states.device) is None:
+        return experts_on_kernels(experts, hidden_states, topk_indices, topk_weights, lora)
+    fp8, device = experts.fp8, hidden_states.device.type
+    if not is_silu(experts.act_fn) or (fp8 is not None and tuple(fp8.block_size) != (SCALE_BLOCK, SCALE_BLOCK)):
+        return experts.define(hidden_states, topk_indices, topk_weights, lora)
+    if torch.is_autocast_enabled(device):
+        hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
+    elif fp8 is None:
+        hidden_states = hidden_states.to(experts.down_proj.dtype)
+    weights = (experts.gate_up_proj, experts.down_proj, experts.gate_up_proj_scale_inv, experts.down_proj_scale_inv)
+    quantize = fp8 is not None and experts.quantizes(hidden_states)
+    options = {"quantize": quantize, "ue8m0": fp8 is not None and fp8.ue8m0, "impl": "torch" if quantize else "cpu"}
+    run = _lora_uncompiled if torch.compiler.is_compiling() else experts_with_lora
+    return run(hidden_states, topk_indices, topk_weights, *weights, lora=lora, **options)
+
+
 def _fp8_experts_forward(experts, hidden_states, topk_indices, topk_weights) -> torch.Tensor:
     weights = (experts.gate_up_proj, experts.down_proj)
     scales = (experts.gate_up_proj_scale_inv, experts.down_proj_scale_inv)
@@ -307,6 +339,29 @@ def _fp8_experts_forward(experts, hidden_states, topk_indices, topk_weights) -> 
 
 # Training under torch.compile: the graph breaks here, since the loop depends on the routing.
 _experts_uncompiled = torch.compiler.disable(experts_cpu)
+_lora_uncompiled = torch.compiler.disable(experts_with_lora)
+
+
+class LoraBackends:
+    """Transformers' experts interface, of which every backend takes `lora` beside its arguments.
+
+    `"eager"` and ours know it. A call with `lora` to any other, which multiplies plain weights only, is computed by
+    `"hf_moe"` instead: the values are the same, and no weight is added up.
+    """
+
+    ours = (None, "eager", BACKEND_NAME, TRITON_BACKEND_NAME)
+
+    def get_interface(self, name: str | None, default: Callable) -> Callable:
+        backend = ALL_EXPERTS_FUNCTIONS.get_interface(name, default)
+        if name in self.ours:
+            return backend
+
+        def forward(experts, *args, lora: ExpertLora | None = None, **kwargs):
+            if lora is None:
+                return backend(experts, *args, **kwargs)
+            return experts_forward(experts, *args, lora=lora, **kwargs)
+
+        return forward
 
 
 ALL_EXPERTS_FUNCTIONS.register(BACKEND_NAME, experts_forward)

@@ -5,6 +5,7 @@ In memory: `mlp.experts.gate_up_proj` (E, 2I, H), gate rows first, and `mlp.expe
 Scales of block FP8 weights, `<weight>_scale_inv` upstream, are stacked in the same way under `<parameter>_scale_inv`.
 """
 
+import importlib.util
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
+from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter, WeightTransform
 
 from .weights_lazy import DeferredTensor
 
@@ -29,9 +30,12 @@ _EXPERT_PART = re.compile(r"mlp\.experts\.(\d+)\.(?:gate|up|down)_proj\.weight(?
 # All experts of a layer in one tensor, as in Step3.
 _EXPERT_STACK = re.compile(r"\.moe\.(?:gate|up|down)_proj\.weight(?:_scale_inv)?$")
 _READERS = min(4, os.cpu_count() or 1)
+# By its class, releases without a dispatch of tokens know that a tensor is that of one expert, to be sharded as such.
+_DISPATCHES = importlib.util.find_spec("transformers.distributed.expert_parallel") is not None
+_MergesExperts = ConversionOps if _DISPATCHES else MergeModulelist
 
 
-class StackExperts(ConversionOps):
+class StackExperts(_MergesExperts):
     """Per-expert matrices to one fused parameter, filled expert by expert so that each source is freed at once."""
 
     @torch.no_grad()
