@@ -378,6 +378,19 @@ class RouterBalance:
         """`Load.save_heat_map` of the whole training."""
         return self.load().save_heat_map(path)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs for the same metrics and heat map; the biases are buffers of the model."""
+        values = {"window": self._window, "total": self._total, "loss_sum": torch.as_tensor(self._loss_sum)}
+        tensors = {name: value.cpu() for name, value in values.items() if value is not None}
+        return {**tensors, "loss_steps": self._loss_steps, "bias_update_rate": self.bias_update_rate}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave."""
+        device = next(self.decoder.parameters()).device
+        self._window, self._total = (state[name].to(device) if name in state else None for name in ("window", "total"))
+        self._loss_sum, self._loss_steps = state["loss_sum"].to(device), state["loss_steps"]
+        self.bias_update_rate = state["bias_update_rate"]
+
 
 def _layer_index(router_name: str) -> int:
     numbers = [int(part) for part in router_name.split(".") if part.isdigit()]
