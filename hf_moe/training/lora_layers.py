@@ -193,14 +193,15 @@ class ParamWrapper(_Merging, PeftParamWrapper):  # PEFT asks for this name when 
             self.lora_dropout[adapter_name] = nn.Dropout(dropout)
 
     def _factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (E, R, I) and B (E, O, R), as views of PEFT's (R * E, I) and (O, R * E)."""
+        """A (E, R, I) and B (E, O, R) from PEFT's (E * R, I) and (O, R * E)."""
         first, second = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         first = first.view(self.num_experts, -1, first.shape[1])  # expert after expert
-        second = second.view(second.shape[0], -1, self.num_experts)  # the experts alternate
+        # Here the experts alternate. Transposed, the numbers of an expert become rows that products take as they lie.
+        second = second.t().contiguous().view(-1, self.num_experts, second.shape[0])  # (R, E, O)
         if getattr(self, "_did_swap_in_out_features", False):
-            return first, second.permute(2, 0, 1)
+            return first, second.permute(1, 2, 0)
         # PEFT up to 0.18 takes the stack for (E, I, O): what it calls A belongs to the output features.
-        return second.permute(2, 1, 0), first.transpose(1, 2)
+        return second.transpose(0, 1), first.transpose(1, 2)
 
     def get_delta_weight(self, adapter_name: str, *args, **kwargs) -> torch.Tensor:
         """B A of all experts, (E, O, I): of the size of the weight. Nothing here calls it."""
