@@ -138,3 +138,18 @@ def test_expert_parallel_equals_one_process(family, ranks, checkpoints):
         assert result["gradients"].keys() == gradients.keys()
         for name, gradient in gradients.items():
             assert_close(name, result["gradients"][name], gradient, "float32_grad")
+
+
+@pytest.mark.parametrize("family", two_ranks.ADAPTER_FAMILIES)
+@pytest.mark.parametrize("kind", ["ddp", "ep"])
+def test_adapter_on_two_processes(kind, family, ranks):
+    if f"{kind} lora {family}" not in ranks[0]:
+        pytest.skip("this release of Transformers does not dispatch tokens to experts")
+    model = two_ranks.with_adapter(two_ranks.make_model(family))
+    losses = two_ranks.train_adapter(model)
+    state = two_ranks.adapter_state(model)
+    results = [rank[f"{kind} lora {family}"] for rank in ranks]
+    for result in results:
+        _assert_same_state(result["state"], state, "float32")
+    summed = [sum(parts) if kind == "ddp" else parts[0] for parts in zip(*(result["losses"] for result in results))]
+    assert summed == pytest.approx(losses, rel=1e-5)

@@ -24,6 +24,7 @@ from hf_moe.training.qk_clip import QKClip  # noqa: E402
 
 STEPS, ROWS, LENGTH = 2, 4, 5  # rows of all ranks and micro-batches; so few tokens that experts get none
 DDP_FAMILIES = ("deepseek_v3", "deepseek_v2", "longcat_flash", "step3")
+ADAPTER_FAMILIES = ("deepseek_v3", "longcat_flash", "step3")
 EXPERT_PARALLEL = ("deepseek_v3", "longcat_flash", "step3", "fp8")
 OPTIONS = {
     "deepseek_v3": BalanceOptions(bias_update_rate=0.01, sequence_loss=0.1),
@@ -91,11 +92,7 @@ def data_parallel(family: str, optimizer: str, micro_batches: int, rank: int) ->
 
 def expert_parallel(family: str, folder: Path, rank: int) -> dict:
     """Logits, loss and gradients of the checkpoint with its experts on two ranks."""
-    by_expert = {"ep_size": 2} if hasattr(DistributedConfig, "ep_size") else {"enable_expert_parallel": True}
-    config = DistributedConfig(tp_size=2, **by_expert)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / f"{family}_checkpoint", distributed_config=config, dtype=torch.float32
-    )
+    model = load_by_expert(folder / f"{family}_checkpoint")
     ids = random_ids(2, 13, high=60)
     with torch.no_grad():
         result = {"logits": model.eval()(input_ids=ids).logits}
@@ -105,6 +102,54 @@ def expert_parallel(family: str, folder: Path, rank: int) -> dict:
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     whole = lambda tensor: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # noqa: E731
     return {**result, "gradients": {name: whole(gradient) for name, gradient in gradients.items()}}
+
+
+def with_adapter(model):
+    """LoRA on attention and experts, with factors that are no zeros, the same in every process."""
+    from peft import LoraConfig, get_peft_model
+
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["o_proj"], target_parameters=parameters))
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def adapter(family: str, folder: Path | None, rank: int) -> dict:
+    """Two steps of LoRA: under DDP, or (with a folder) on a model whose experts are shared out."""
+    model = make_model(family) if folder is None else load_by_expert(folder / f"{family}_checkpoint").train()
+    model = with_adapter(model)
+    wrapped = DistributedDataParallel(model) if folder is None else model
+    world, rank = (2, rank) if folder is None else (1, 0)
+    return {"losses": train_adapter(wrapped, rank, world), "state": adapter_state(model)}
+
+
+def adapter_state(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train_adapter(model, rank: int = 0, world: int = 1) -> list[float]:
+    """Losses of two steps."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+    losses = []
+    for step in range(STEPS):
+        ids = random_ids(ROWS, LENGTH, seed=step).view(world, -1, LENGTH)[rank]
+        num_items = torch.tensor(ROWS * (LENGTH - 1))
+        loss = model(input_ids=ids, labels=ids, num_items_in_batch=num_items, use_cache=False).loss
+        (loss * world).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def load_by_expert(path: Path):
+    """The checkpoint with its experts shared out among both ranks."""
+    by_expert = {"ep_size": 2} if hasattr(DistributedConfig, "ep_size") else {"enable_expert_parallel": True}
+    config = DistributedConfig(tp_size=2, **by_expert)
+    return AutoModelForCausalLM.from_pretrained(path, distributed_config=config, dtype=torch.float32)
 
 
 def fully_sharded(optimizer_name: str, folder: Path, rank: int) -> dict:
@@ -167,6 +212,10 @@ def main(folder: Path) -> None:
     for family in EXPERT_PARALLEL:
         if (folder / f"{family}_checkpoint").exists():
             results[f"ep {family}"] = expert_parallel(family, folder, rank)
+    for family in ADAPTER_FAMILIES:
+        results[f"ddp lora {family}"] = adapter(family, None, rank)
+        if (folder / f"{family}_checkpoint").exists():
+            results[f"ep lora {family}"] = adapter(family, folder, rank)
     for optimizer in ("sgd", "muon"):
         results[f"fsdp2 {optimizer}"] = fully_sharded(optimizer, folder, rank)
     torch.save(results, folder / f"rank{rank}.pt")
