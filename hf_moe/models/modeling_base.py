@@ -68,6 +68,16 @@ class MoePreTrainedModel(PreTrainedModel):
 
     # --- defaults -------------------------------------------------------------------------------------------------
 
+    def post_init(self):
+        """As in Transformers; see `name_present_layers`."""
+        super().post_init()
+        self.name_present_layers()
+
+    def name_present_layers(self) -> None:
+        """Leaves in `_no_split_modules` the classes that occur: Accelerate's FSDP looks for each, MTP layers too."""
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = present & {*self._no_split_modules, *(type(self)._no_split_modules or ())}
+
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """As in Transformers, with our per-call choice as the default.
 
@@ -532,6 +542,8 @@ def _fit_model(model: MoePreTrainedModel, tensors: dict[str, Any], options: dict
     names = {model.checkpoint_stem(name): name for name in tensors}
     count = model.count_mtp_layers(set(names))
     model.resize_mtp_layers(count)
+    for holder in (model.base_model, model):
+        holder.name_present_layers()
     for duplicate, original in model.mtp_duplicates().items():
         duplicate, original = names.get(_stem(duplicate)), names.get(_stem(original))
         if duplicate is None:
