@@ -129,12 +129,163 @@ def finetune(context: typer.Context) -> None:
         run_finetune(context.args)
 
 
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    repo: Annotated[str, typer.Argument(help="owner/name on the Hub; created where it is missing.")],
+    public: Annotated[
+        bool, typer.Option("--public/--private", help="Who sees a repository that is created; default: you alone.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made where it is missing.")] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
+    token: Annotated[str | None, typer.Option(help="Of the Hub; left out: the one that is logged in.")] = None,
+    code: Annotated[bool, typer.Option("--code/--no-code", help="Add the modules of the model and `auto_map`.")] = True,
+    card: Annotated[
+        bool | None, typer.Option("--card/--no-card", help="Write README.md; left out: where there is none but ours.")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="Release that the weights come from, as owner/name.")] = None,
+    license: Annotated[str | None, typer.Option(help="In the Hub's spelling; left out: the release's.")] = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the card.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of files to leave; may be repeated.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Verify, list what would be pushed, send nothing.")
+    ] = False,
+) -> None:
+    """Verify a checkpoint folder and upload it to the Hub with code, card and licence. Repeat to go on."""
+    from .hub.card import CardOptions
+    from .hub.command import run_push
+    from .hub.push import PushOptions
+
+    about = CardOptions(base_model, license, title)
+    with _clear_errors():
+        options = PushOptions(public, revision, message, token, code, card, tuple(exclude or ()), about)
+        run_push(folder, repo, options, dry_run)
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    out: Annotated[Path | None, typer.Option(help="File to write, `-` to print; left out: README.md there.")] = None,
+    repo: Annotated[str | None, typer.Option(help="owner/name that the card's snippets load.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Release that the weights come from, as owner/name.")] = None,
+    license: Annotated[str | None, typer.Option(help="In the Hub's spelling; left out: the release's.")] = None,
+    title: Annotated[str | None, typer.Option(help="Heading; left out: the name.")] = None,
+    code: Annotated[bool, typer.Option("--code/--no-code", help="Whether the code goes with the checkpoint.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md that is not ours.")] = False,
+) -> None:
+    """Write the model card of a checkpoint folder, from its configuration and the manifest of its conversion."""
+    from .hub.card import CardOptions
+    from .hub.command import run_card
+
+    with _clear_errors():
+        run_card(folder, out, overwrite, repo, code, CardOptions(base_model, license, title))
+
+
+@app.command()
+def tokenizer(
+    source: Annotated[Path, typer.Argument(help="Folder with tiktoken.model and tokenizer_config.json (Kimi-K2).")],
+    target: Annotated[Path | None, typer.Argument(help="Folder to write to; left out: SOURCE.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a tokenizer.json that is there.")] = False,
+) -> None:
+    """Make a fast tokenizer out of a tiktoken vocabulary: the same ids from plain AutoTokenizer."""
+    from .hub.command import run_tokenizer
+
+    with _clear_errors():
+        run_tokenizer(source, target, overwrite)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder of a checkpoint, or Hub id, read without a download.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; it appears when everything is written.")],
+    to: Annotated[
+        str, typer.Option(help="bf16, fp8, fp8-ue8m0, or a layout: inference, hub, fused, per-expert, same.")
+    ],
+    max_shard_size: Annotated[str, typer.Option(help="Of a weight file, such as 5GB or 500MB.")] = "5GB",
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; left out: 2, for the Hub 8.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be written.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    world_size: Annotated[int | None, typer.Option(min=1, help="GPUs, with --to inference.")] = None,
+) -> None:
+    """Write a checkpoint in another format, piece by piece; repeat the command to go on after an interruption."""
+    from .conversion.command import run_convert
+
+    with _clear_errors():
+        run_convert(
+            source,
+            target,
+            to,
+            workers=workers,
+            max_shard_size=max_shard_size,
+            dry_run=dry_run,
+            revision=revision,
+            world_size=world_size,
+        )
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
+    against: Annotated[str | None, typer.Option(help="Folder or Hub id of a checkpoint to compare with.")] = None,
+    tolerance: Annotated[float | None, typer.Option(min=0.0, help="Relative error a tensor may have.")] = None,
+    values: Annotated[bool, typer.Option("--values/--no-values", help="Read every value.")] = True,
+    checksums: Annotated[bool, typer.Option("--checksums/--no-checksums", help="Compare with conversion.json.")] = True,
+    json: Annotated[bool, typer.Option("--json", help="Print one object, and nothing else.")] = False,
+) -> None:
+    """Say whether a checkpoint is whole and sound, and how it differs from another; exit code 2 if it is not."""
+    from .conversion.checkpoint_command import run_verify
+
+    with _clear_errors():
+        sound = run_verify(folder, against, tolerance, values, checksums, json)
+    if not sound:
+        raise typer.Exit(2)
+
+
+@app.command("slice")
+def slice_(
+    source: Annotated[str, typer.Argument(help="Folder of a checkpoint, or Hub id, read without a download.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; it appears when everything is written.")],
+    first_layers: Annotated[int | None, typer.Option(min=0, help="Layers to keep from the first on.")] = None,
+    last_layers: Annotated[int, typer.Option(min=0, help="Layers to keep up to the last.")] = 0,
+    experts: Annotated[str | None, typer.Option(help="A number of experts, or ids: 0,3,8-11.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of a weight file, such as 5GB or 500MB.")] = "5GB",
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; left out: 2, for the Hub 8.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be written.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+) -> None:
+    """Write a smaller checkpoint of the same architecture: some layers and experts, for a laptop."""
+    from .conversion.checkpoint_command import run_slice
+
+    with _clear_errors():
+        run_slice(source, target, first_layers, last_layers, experts, max_shard_size, workers, dry_run, revision)
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(help="Folder of a checkpoint, or Hub id, read without a download.")],
+    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of a LoRA adapter that PEFT saved.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; it appears when everything is written.")],
+    max_shard_size: Annotated[str, typer.Option(help="Of a weight file, such as 5GB or 500MB.")] = "5GB",
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; left out: 2, for the Hub 8.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be written.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.")] = None,
+) -> None:
+    """Merge a LoRA adapter into a checkpoint, bf16 or FP8, without loading the model."""
+    from .conversion.checkpoint_command import run_merge
+
+    with _clear_errors():
+        run_merge(base, adapter, target, max_shard_size, workers, dry_run, revision)
+
+
 @contextmanager
 def _clear_errors():
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
+    except KeyboardInterrupt as interrupt:
+        typer.echo(str(interrupt) or "Interrupted.", err=True)
+        raise typer.Exit(130) from interrupt
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def register() -> None:
                 continue
 
 
-def _architectures() -> dict[str, str]:
+def architecture_types() -> dict[str, str]:
     """Architecture names that published files carry without a known `model_type`, to the model type."""
     return {
         name: model_type
@@ -76,7 +76,7 @@ def _name_missing_model_types() -> None:
         fields, unused = original(cls, *args, **kwargs)
         architectures = fields.get("architectures")
         if cls is PreTrainedConfig and architectures and fields.get("model_type") not in CONFIG_MAPPING:
-            model_type = _architectures().get(architectures[0])
+            model_type = architecture_types().get(architectures[0])
             if model_type is not None:
                 fields = {**fields, "model_type": model_type}
         return fields, unused

@@ -134,6 +134,10 @@ class FinetuneArguments:
         None, "Stacked parameters by the end of their name; left out with --lora_target_modules: the experts."
     )
     lora_modules_to_save: list[str] | None = option(None, "Modules to train and save whole.")
+    lora_mtp: str = option(
+        "along", "Factors in the MTP layers: along with the others, none, or there alone (with their eh_proj).",
+        choices=("along", "none", "only"),
+    )  # fmt: skip
     use_rslora: bool = option(False, "Scale by alpha / sqrt(r).")
 
     # --- MTP ---
@@ -247,6 +251,9 @@ def parse_arguments(argv: list[str], program: str = "hf-moe finetune") -> Finetu
             raise ValueError(message)
 
     parser = Parser(FinetuneArguments, prog=program, description="Fine-tune a model.", allow_abbrev=False)
+    for action in parser._actions:
+        if action.dest in ("add_bos_token", "ddp_find_unused_parameters"):  # yes, no, or left to others
+            action.nargs, action.const = "?", True
     parser.add_argument("--config", help="JSON or YAML file with options; those of the command line win.")
     defaults: dict[str, Any] = {}
     for at, word in enumerate(argv):

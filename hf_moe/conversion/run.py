@@ -1,0 +1,574 @@
+"""Carries out a plan: reads, converts and writes piece by piece, in bounded memory, and can be stopped at any moment.
+
+What is written lies in `TARGET.partial` until all of it is there; then one rename makes it the target. The state file
+there names the finished files with their checksums, so that the same command goes on where it was stopped, and another
+one is refused.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..models.weights_safetensors import INDEX_NAME, CheckpointError
+from ..version import __version__
+from .plan import Copy, Group, Part, Plan, Tensors
+from .progress import ProgressDisplay, human_bytes
+from .source import MANIFEST_NAME, Source, memory_of, read_json
+from .writer import (
+    PIECE_BYTES,
+    Piece,
+    Shard,
+    ShardWriter,
+    by_rows,
+    file_hash,
+    lay_out,
+    parse_size,
+    pieces_of,
+    source_part,
+)
+
+STATE_NAME = "state.json"
+FILES_NAME = "files"
+_SPARE_BYTES = 16 << 20  # beside the tensors: index, manifest, file system
+_COPY_BYTES = 8 << 20
+
+
+@dataclass
+class Summary:
+    """What a conversion wrote, or would write.
+
+    Attributes:
+        title, target: of the plan and where.
+        tensors: how many are written.
+        shards: weight files with their sizes.
+        bytes_read, bytes_written: of tensors.
+        memory: bytes of the largest part that is in memory at once, times the number of workers.
+        files: other files that are written.
+        notes: what the user should know.
+        resumed: files that an earlier run had finished.
+        seconds: that this run took.
+        manifest: content of `conversion.json`; empty for a dry run.
+    """
+
+    title: str
+    target: Path
+    tensors: int
+    shards: dict[str, int]
+    bytes_read: int
+    bytes_written: int
+    memory: int
+    files: list[str]
+    notes: list[str] = field(default_factory=list)
+    resumed: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+
+def convert(
+    source: Source,
+    plan: Plan,
+    target: str | os.PathLike,
+    *,
+    workers: int = 2,
+    max_shard_size: int | str = "5GB",
+    dry_run: bool = False,
+    progress: bool = True,
+) -> Summary:
+    """Writes the checkpoint that `plan` makes of `source` to the folder `target`.
+
+    Args:
+        source, plan: what is read, and what becomes of it.
+        target: a folder that does not exist or is empty. It appears when everything is written.
+        workers: threads that read, convert and write. Their number does not change the result.
+        max_shard_size: of weight files, such as `5GB`; no tensor is cut. Plans with files of their own ignore it.
+        dry_run: only says what would be written.
+        progress: whether to report on standard error.
+
+    Raises:
+        CheckpointError: for a target that is not empty, too little disk space, the remains of another conversion, and
+            for what is wrong with the source.
+        KeyboardInterrupt: with a message that says how to go on.
+    """
+    target = Path(target)
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, not {workers}.")
+    check_target(source, target)
+    shards = lay_out(plan, parse_size(max_shard_size))
+    pieces = {shard.filename: _pieces(source, shard) for shard in shards}
+    summary = _summary(source, plan, target, shards, pieces, workers)
+    if dry_run:
+        return summary
+    started = time.monotonic()
+    with _partial_folder(target) as folder:
+        job = _Job(source, plan, target, folder, shards, pieces, workers)
+        summary.resumed = job.load_state()
+        job.check_disk()
+        job.run(summary, progress)
+        summary.manifest = job.finish()
+    summary.seconds = time.monotonic() - started
+    return summary
+
+
+def check_target(source: Source, target: Path) -> None:
+    """Refuses targets that would overwrite something.
+
+    Raises:
+        CheckpointError: that names the folder.
+    """
+    real = target.resolve()
+    if source.folder is not None:
+        origin = source.folder.resolve()
+        if real == origin or real.is_relative_to(origin) or origin.is_relative_to(real):
+            raise CheckpointError(f"{target}: lies in the source {source.folder}, or around it. Name another folder.")
+    if target.is_symlink():
+        raise CheckpointError(f"{target}: is a link. Name a folder.")
+    if target.exists():
+        if not target.is_dir():
+            raise CheckpointError(f"{target}: is a file. Name a folder that does not exist yet.")
+        if any(target.iterdir()):
+            raise CheckpointError(f"{target}: exists and is not empty. Name another folder, or remove it.")
+        if os.path.ismount(target):
+            raise CheckpointError(f"{target}: is a mount point, which cannot be replaced. Name a folder in it.")
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise CheckpointError(f"{target}: {parent} is a file, not a folder.")
+    if not os.access(parent, os.W_OK | os.X_OK) or os.statvfs(parent).f_flag & os.ST_RDONLY:
+        raise CheckpointError(f"{target}: {parent} cannot be written to. Name another folder.")
+
+
+def partial_path(target: Path) -> Path:
+    """Where a conversion to `target` lies until it is complete."""
+    return target.with_name(target.name + ".partial")
+
+
+@contextlib.contextmanager
+def _partial_folder(target: Path) -> Iterator[Path]:
+    """The partial folder of a target, locked against a second conversion; removed if nothing is worth keeping."""
+    folder = partial_path(target.absolute())
+    try:
+        (folder / FILES_NAME).mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be made ({error.strerror}). Name another target.") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise CheckpointError(f"{folder}: another conversion is writing to it.") from None
+    try:
+        yield folder
+    finally:
+        if not (folder / STATE_NAME).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _pieces(source: Source, shard: Shard) -> list[Piece]:
+    return [piece for group in shard.groups for piece in pieces_of(source, shard, group)]
+
+
+def _summary(source, plan, target, shards, pieces, workers) -> Summary:
+    largest = max((piece.memory for found in pieces.values() for piece in found), default=0)
+    read = sum(source_part(source, part).nbytes for group in plan.groups for part in group.inputs)
+    carried = source.carried if plan.carried is None else plan.carried
+    files = [*([] if plan.config is None else ["config.json"]), *plan.files, *carried]
+    if plan.shard_of is None and len(shards) > 1:
+        files.append(INDEX_NAME)
+    return Summary(
+        title=plan.title,
+        target=target,
+        tensors=sum(len(group.outputs) for group in plan.groups),
+        shards={shard.filename: shard.size for shard in shards},
+        bytes_read=read,
+        bytes_written=sum(shard.size for shard in shards),
+        memory=_budget(largest, workers),
+        files=sorted(set(files) | {MANIFEST_NAME}),
+        notes=list(plan.notes),
+    )
+
+
+def _budget(largest: int, workers: int) -> int:
+    return max(largest, workers * PIECE_BYTES)
+
+
+class _Job:
+    """One run of a conversion: the threads, what they share, and the state on disk."""
+
+    def __init__(self, source, plan, target, folder, shards, pieces, workers):
+        self.source, self.plan, self.target, self.workers = source, plan, target, workers
+        self.state_path, self.files = folder / STATE_NAME, folder / FILES_NAME
+        self.shards: list[Shard] = shards
+        self.pieces: dict[str, list[Piece]] = pieces
+        self.identity = _identity(source, plan, shards)
+        self.finished: dict[str, dict[str, Any]] = {}
+        self.stop = threading.Event()
+        self.errors: list[BaseException] = []
+        self.lock = threading.Lock()
+        largest = max((piece.memory for found in pieces.values() for piece in found), default=0)
+        self.memory = _Budget(_budget(largest, workers), self.stop)
+
+    # State on disk
+
+    def load_state(self) -> list[str]:
+        """Takes over what an earlier run finished, checked by its checksums; returns those files' names."""
+        if not self.state_path.exists():
+            if any(self.files.iterdir()):
+                folder = self.state_path.parent
+                raise CheckpointError(f"{folder}: holds files that no conversion accounts for. Remove it.")
+            self.save_state()
+            return []
+        try:
+            state = json.loads(self.state_path.read_text(encoding="utf-8"))
+            known, finished = state["identity"], dict(state["finished"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.state_path}: damaged ({error!r}). Remove {self.state_path.parent}."
+            ) from error
+        different = [key for key in self.identity if known.get(key) != self.identity[key]]
+        if different:
+            raise CheckpointError(
+                f"{self.state_path.parent}: holds a part of another conversion (the {' and the '.join(different)} "
+                "differ). Repeat that one with its source and options to finish it, or remove the folder to begin anew."
+            )
+        for filename, record in finished.items():
+            path = self.files / filename
+            if path.is_file() and path.stat().st_size == record["size"] and file_hash(path) == record["sha256"]:
+                self.finished[filename] = record
+        return list(self.finished)
+
+    def save_state(self) -> None:
+        """Writes the state, at once or not at all."""
+        _write_file(self.state_path, _json({"identity": self.identity, "finished": self.finished}))
+
+    def check_disk(self) -> None:
+        """Refuses a conversion for which the disk has no room."""
+        needed = _SPARE_BYTES + sum(shard.size for shard in self.shards if shard.filename not in self.finished)
+        for path in self.files.iterdir():  # of the file that was under way, which is written again
+            if path.name not in self.finished:
+                path.unlink()
+        free = shutil.disk_usage(self.files).free
+        if needed > free:
+            self._drop_empty_state()
+            raise CheckpointError(
+                f"{self.target}: the disk has {human_bytes(free)} free, but the conversion needs {human_bytes(needed)}."
+            )
+
+    def _drop_empty_state(self) -> None:
+        if not self.finished:
+            self.state_path.unlink(missing_ok=True)
+
+    # Work
+
+    def run(self, summary: Summary, progress: bool) -> None:
+        """Makes all weight files that are not finished."""
+        todo = [shard for shard in self.shards if shard.filename not in self.finished]
+        total = sum(shard.size for shard in self.shards)
+        threads_before = torch.get_num_threads()
+        with ProgressDisplay(self.plan.title, total, progress) as self.display:
+            self.display.skip(total - sum(shard.size for shard in todo))
+            if summary.resumed:
+                self.display.say(f"going on: {len(summary.resumed)} of {len(self.shards)} weight files are there")
+            self.queue = self._work(todo)
+            workers = [threading.Thread(target=self._guard, args=(self._worker,)) for _ in range(self.workers)]
+            hasher = threading.Thread(target=self._guard, args=(self._hasher, todo))
+            self.writers: dict[str, ShardWriter] = {}
+            self.opened = threading.Condition()
+            torch.set_num_threads(1)
+            try:
+                for thread in (*workers, hasher):
+                    thread.start()
+                for thread in (*workers, hasher):
+                    while thread.is_alive():
+                        thread.join(0.2)
+            except KeyboardInterrupt:
+                self._end(workers, hasher)
+                raise KeyboardInterrupt(self._interrupted()) from None
+            finally:
+                self._end(workers, hasher)
+                torch.set_num_threads(threads_before)
+        if self.errors:
+            raise self.errors[0]
+
+    def _end(self, workers: list[threading.Thread], hasher: threading.Thread) -> None:
+        if any(thread.is_alive() for thread in (*workers, hasher)):
+            self.stop.set()
+        for thread in (*workers, hasher):
+            if thread.ident is not None:
+                thread.join()
+        for writer in self.writers.values():
+            writer.stream.close()
+
+    def _interrupted(self) -> str:
+        done = f"{len(self.finished)} of {len(self.shards)} weight files are finished"
+        return f"Interrupted; {done} in {self.state_path.parent}. Repeat the command to go on."
+
+    def _guard(self, function, *args) -> None:
+        """Runs a thread's function; whatever goes wrong stops the others and is raised by the main thread."""
+        try:
+            torch.set_num_threads(1)
+            function(*args)
+        except BaseException as error:  # noqa: BLE001  handed on, never swallowed
+            self.errors.append(self._explain(error))
+            self.stop.set()
+
+    def _explain(self, error: BaseException) -> BaseException:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            explained = CheckpointError(
+                f"{self.files}: the disk is full ({error.strerror}). Make room and repeat the command to go on; "
+                f"{len(self.finished)} of {len(self.shards)} weight files are finished."
+            )
+        elif isinstance(error, OSError) and not isinstance(error, CheckpointError):
+            explained = CheckpointError(f"{error.filename or self.files}: {error.strerror or error}.")
+        else:
+            return error
+        explained.__cause__ = error
+        return explained
+
+    def _work(self, todo: list[Shard]) -> Iterator[Piece]:
+        for shard in todo:
+            writer = ShardWriter(self.files / shard.filename, shard)
+            with self.opened:
+                self.writers[shard.filename] = writer
+                self.opened.notify_all()
+            yield from self.pieces[shard.filename]
+
+    def _worker(self) -> None:
+        while not self.stop.is_set():
+            with self.lock:
+                piece = next(self.queue, None)
+            if piece is None:
+                return
+            with self.memory.hold(piece.memory):
+                if not self.stop.is_set():
+                    _do(self.source, piece, self.writers[piece.shard.filename], self.display)
+
+    def _hasher(self, todo: list[Shard]) -> None:
+        for shard in todo:
+            with self.opened:
+                while shard.filename not in self.writers and not self.stop.is_set():
+                    self.opened.wait(0.2)
+            if self.stop.is_set():
+                return
+            writer = self.writers[shard.filename]
+            digest = writer.hash(self.stop)
+            if digest is None:
+                return
+            writer.stream.close()
+            report = _merge([writer.report[key] for key in sorted(writer.report)])
+            record = {"size": shard.size, "sha256": digest, **({"report": report} if report else {})}
+            self.finished[shard.filename] = record
+            self.save_state()
+
+    # The end
+
+    def finish(self) -> dict[str, Any]:
+        """Writes the small files and the manifest, and puts everything in its place."""
+        files: dict[str, dict[str, Any]] = {}
+        for shard in self.shards:
+            record = self.finished[shard.filename]
+            files[shard.filename] = {"size": record["size"], "sha256": record["sha256"]}
+        small = dict(self.plan.files)
+        if self.plan.config is not None:
+            kept = self.plan.config == self.source.config and "config.json" in self.source.store.files()
+            small["config.json"] = self.source.read_file("config.json") if kept else _json(self.plan.config, sort=False)
+        if self.plan.shard_of is None and len(self.shards) > 1:
+            small[INDEX_NAME] = self._index()
+        try:
+            for name, content in small.items():
+                _write_file(self.files / name, content)
+                files[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name in self.source.carried if self.plan.carried is None else self.plan.carried:
+                if name not in files:
+                    files[name] = self._carry(name)
+            manifest = self._manifest(files)
+            _write_file(self.files / MANIFEST_NAME, _json(manifest, sort=False))
+            os.replace(self.files, self.target)
+            self.state_path.unlink()
+        except OSError as error:
+            raise self._explain(error) from error
+        return manifest
+
+    def _index(self) -> bytes:
+        outputs = [(output, shard.filename) for shard in self.shards for output in shard.outputs]
+        weight_map = {output.name: filename for output, filename in sorted(outputs, key=lambda pair: pair[0].name)}
+        total = sum(output.nbytes for output, _ in outputs)
+        return _json({"metadata": {"total_size": total}, "weight_map": weight_map}, sort=False)
+
+    def _carry(self, name: str) -> dict[str, Any]:
+        size, path = self.source.store.files()[name], self.files / name
+        path.parent.mkdir(exist_ok=True)
+        digest = hashlib.sha256()
+        with open(path, "wb") as stream:
+            for begin in range(0, size, _COPY_BYTES):
+                block = bytearray(min(_COPY_BYTES, size - begin))
+                self.source.store.read_into(name, begin, memoryview(block), "the file")
+                digest.update(block)
+                stream.write(block)
+        return {"size": size, "sha256": digest.hexdigest()}
+
+    def _manifest(self, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Without times and paths: equal runs give equal manifests."""
+        earlier = []
+        store = self.source.store
+        if MANIFEST_NAME in store.files():
+            steps = read_json(store, MANIFEST_NAME).get("steps")
+            earlier = steps if isinstance(steps, list) else []
+        report = _merge([self.finished[shard.filename].get("report", {}) for shard in self.shards])
+        step = {
+            "title": self.plan.title,
+            "options": self.plan.options,
+            "hf_moe": __version__,
+            "torch": torch.__version__,
+            "source": self.source.describe(),
+            **({"report": report} if report else {}),
+        }
+        return {
+            "format": 1,
+            "steps": [*earlier, step],
+            "tensors": sum(len(group.outputs) for group in self.plan.groups),
+            "bytes": sum(output.nbytes for shard in self.shards for output in shard.outputs),
+            "files": dict(sorted(files.items())),
+        }
+
+
+class _Budget:
+    """Bytes that pieces may hold in memory together; one alone may always run."""
+
+    def __init__(self, limit: int, stop: threading.Event):
+        self.limit, self.stop, self.used = limit, stop, 0
+        self.changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, count: int) -> Iterator[None]:
+        with self.changed:
+            while self.used and self.used + count > self.limit and not self.stop.is_set():
+                self.changed.wait(0.2)
+            self.used += count
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.used -= count
+                self.changed.notify_all()
+
+
+def _do(source: Source, piece: Piece, writer: ShardWriter, display: ProgressDisplay) -> None:
+    """Reads, converts and writes a piece."""
+    group, offsets = piece.group, piece.shard.offsets
+    if isinstance(group.step, Copy) and not by_rows(group):
+        entry, output = source_part(source, group.inputs[0]), group.outputs[0]
+        buffer = torch.empty(piece.end - piece.begin, dtype=torch.uint8)
+        entry.read_into(memory_of(buffer), piece.begin)
+        writer.write(offsets[output.name] + piece.begin, memory_of(buffer))
+        display.advance(piece.end - piece.begin)
+        return
+    inputs = _read(source, piece)
+    if by_rows(group):
+        results, report = {group.outputs[0].name: next(iter(inputs.values()))}, {}
+    else:
+        results = group.step(inputs)
+        results, report = results if isinstance(results, tuple) else (results, {})
+    del inputs
+    if report:
+        writer.report[offsets[group.outputs[0].name] + piece.begin] = report
+    for output in group.outputs:
+        tensor = results.pop(output.name).contiguous()
+        row = output.nbytes // output.shape[0] if output.shape and output.shape[0] else 0
+        strip = 1 if by_rows(group) else group.strip[output.name] if group.strip else 0
+        rows = min(piece.end * strip, output.shape[0]) - piece.begin * strip if strip else None
+        shape = output.shape if rows is None else (rows, *output.shape[1:])
+        if tensor.dtype != output.dtype or tuple(tensor.shape) != shape:
+            raise ValueError(f"{output.name} became {tensor.dtype} {tuple(tensor.shape)}, not {output.dtype} {shape}")
+        data = memory_of(tensor)
+        writer.write(offsets[output.name] + piece.begin * strip * row, data)
+        display.advance(len(data))
+
+
+def _read(source: Source, piece: Piece) -> Tensors:
+    """The inputs of a piece, by name or alias."""
+    group = piece.group
+    tensors = {}
+    for part in group.inputs:
+        name = part if isinstance(part, str) else part.alias or part.name
+        entry = source_part(source, part)
+        if by_rows(group):
+            rows = entry.read_rows(piece.begin, piece.end)
+            tensors[name] = rows[:, part.begin : part.end].contiguous()
+        elif group.strip is not None:
+            strip = group.strip[part]
+            tensors[name] = entry.read_rows(piece.begin * strip, min(piece.end * strip, entry.shape[0]))
+        elif isinstance(part, Part) and part.dim == 1:
+            tensors[name] = _read_columns(entry, part)
+        else:
+            tensors[name] = entry.read()
+    return tensors
+
+
+def _read_columns(entry, part: Part) -> torch.Tensor:
+    """Columns of a matrix, whose other columns are in memory a few rows at a time only."""
+    result = torch.empty((entry.shape[0], part.end - part.begin), dtype=entry.dtype)
+    rows = max(1, PIECE_BYTES // 4 // max(entry.shape[1] * entry.dtype.itemsize, 1))
+    for begin in range(0, entry.shape[0], rows):
+        end = min(begin + rows, entry.shape[0])
+        result[begin:end] = entry.read_rows(begin, end)[:, part.begin : part.end]
+    return result
+
+
+def _identity(source: Source, plan: Plan, shards: list[Shard]) -> dict[str, Any]:
+    """What two runs must have in common for one to go on with the other's files; JSON."""
+    digest = hashlib.sha256()
+    for group in plan.groups:
+        digest.update(f"{group.inputs}|{[output.name for output in group.outputs]}|{_step_name(group)}".encode())
+    carried = source.carried if plan.carried is None else plan.carried
+    headers = {shard.filename: hashlib.sha256(shard.header).hexdigest() for shard in shards}
+    identity = {
+        "source": source.fingerprint(),
+        "version of hf_moe": __version__,
+        "conversion": [plan.title, plan.options, digest.hexdigest()],
+        "sizes of the weight files": headers,
+        "configuration": plan.config,
+        "other files": [list(carried), {name: hashlib.sha256(data).hexdigest() for name, data in plan.files.items()}],
+    }
+    return json.loads(json.dumps(identity))
+
+
+def _step_name(group: Group) -> str:
+    return repr(group.step) if hasattr(group.step, "__dataclass_fields__") else group.step.__qualname__
+
+
+def _merge(reports: list[dict[str, float]]) -> dict[str, float]:
+    merged: dict[str, float] = {}
+    for report in reports:
+        for key, value in report.items():
+            known = merged.get(key, 0)
+            merged[key] = max(known, value) if key.startswith("max_") else known + value
+    return merged
+
+
+def _json(content: Any, sort: bool = True) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=sort, ensure_ascii=False) + "\n").encode()
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    """Writes a small file under another name and renames it."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
