@@ -19,10 +19,10 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from hf_moe.conversion.command import run_convert
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import hf_moe  # noqa: F401  registers the models
+from hf_moe.conversion.command import run_convert
 from hf_moe.demo import DEMO_MODEL
 from hf_moe.training import finetune
 from hf_moe.training.arguments import parse_arguments

@@ -230,16 +230,17 @@ class RouterBalance:
             # A second time is the recomputation of a checkpoint.
             if current is None or not router.training or name in current.seen:
                 return
-            router_logits, _, chosen = output
+            # Not those in the output: expert parallelism may have cut them down to those of a rank.
+            router_logits, chosen = output[0], router._last_topk_indices
             current.seen.add(name)
-            self._count(name, router, current, chosen.detach())
+            self._count(name, router, current, chosen)
             if self._head is not None:
                 if not torch.is_grad_enabled():
                     raise ValueError(
                         "Balance losses need the router's gradient, which reentrant checkpointing does not keep: pass "
                         "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
                     )
-                current.routed[name] = router_logits, chosen.detach()
+                current.routed[name] = router_logits, chosen
 
         return hook
 

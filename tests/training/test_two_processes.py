@@ -140,12 +140,18 @@ def test_expert_parallel_equals_one_process(family, ranks, checkpoints):
             assert_close(name, result["gradients"][name], gradient, "float32_grad")
 
 
-@pytest.mark.parametrize("family", two_ranks.ADAPTER_FAMILIES)
-@pytest.mark.parametrize("kind", ["ddp", "ep"])
-def test_adapter_on_two_processes(kind, family, ranks):
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [*((kind, family) for kind in ("ddp", "ep") for family in two_ranks.ADAPTER_FAMILIES), ("ep", "fp8")],
+)
+def test_adapter_on_two_processes(kind, family, ranks, checkpoints):
     if f"{kind} lora {family}" not in ranks[0]:
         pytest.skip("this release of Transformers does not dispatch tokens to experts")
-    model = two_ranks.with_adapter(two_ranks.make_model(family))
+    if family == "fp8":
+        model = AutoModelForCausalLM.from_pretrained(checkpoints / "fp8_checkpoint", dtype=torch.float32).train()
+    else:
+        model = two_ranks.make_model(family)
+    model = two_ranks.with_adapter(model)
     losses = two_ranks.train_adapter(model)
     state = two_ranks.adapter_state(model)
     results = [rank[f"{kind} lora {family}"] for rank in ranks]

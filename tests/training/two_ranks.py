@@ -135,7 +135,7 @@ def train_adapter(model, rank: int = 0, world: int = 1) -> list[float]:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
     losses = []
     for step in range(STEPS):
-        ids = random_ids(ROWS, LENGTH, seed=step).view(world, -1, LENGTH)[rank]
+        ids = random_ids(ROWS, LENGTH, seed=step, high=60).view(world, -1, LENGTH)[rank]
         num_items = torch.tensor(ROWS * (LENGTH - 1))
         loss = model(input_ids=ids, labels=ids, num_items_in_batch=num_items, use_cache=False).loss
         (loss * world).backward()
@@ -212,6 +212,7 @@ def main(folder: Path) -> None:
     for family in EXPERT_PARALLEL:
         if (folder / f"{family}_checkpoint").exists():
             results[f"ep {family}"] = expert_parallel(family, folder, rank)
+    results["ep lora fp8"] = adapter("fp8", folder, rank)
     for family in ADAPTER_FAMILIES:
         results[f"ddp lora {family}"] = adapter(family, None, rank)
         if (folder / f"{family}_checkpoint").exists():
