@@ -68,6 +68,12 @@ def finetune(args: FinetuneArguments, callbacks: Sequence[Callback] = ()) -> Fin
     return FinetuneResult(folder, trainer.unwrapped, tokenizer, result, trainer, count, commit)
 
 
+def leave_process_group() -> None:
+    """Ends communication with other processes, as the last thing a script does."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def check_output_dir(args: FinetuneArguments) -> None:
     """Raises `ValueError` where a run would overwrite another, or has nothing to go on from."""
     folder = Path(args.output_dir)

@@ -172,7 +172,8 @@ class FinetuneTrainer:
             load_checkpoint(self, best, weights_only=True)
         for callback in self.callbacks:
             callback.on_train_end(self)
-        self.accelerator.end_training()
+        for tracker in getattr(self.accelerator, "trackers", ()):
+            tracker.finish()  # not `end_training`, which leaves the process group: the result is still to be written
         losses = [line["loss"] for line in self.log_lines if "loss" in line]
         evaluated = [line for line in self.log_lines if "eval_loss" in line]
         return TrainResult(
