@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from tiny import tiny_model
 
@@ -29,7 +32,24 @@ def rows(count: int, seed: int, packed: bool = False) -> TokenRows:
     return TokenRows.from_samples(samples, max_length=32, packed=packed)
 
 
-def train(folder: Path, batch_size: int, resume: str | None = None, **more) -> FinetuneTrainer:
+def sharded_accelerator() -> Accelerator:
+    """Accelerate offers FSDP on accelerators alone; its code runs on the CPU, too."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["DeepseekV3DecoderLayer", "DeepseekV3MTPLayer"],
+        state_dict_type="SHARDED_STATE_DICT",
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=2)
+    for state in (PartialState, AcceleratorState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    return accelerator
+
+
+def train(folder: Path, batch_size: int, sharded: bool, resume: str | None = None, **more) -> FinetuneTrainer:
     args = FinetuneArguments(
         model_name_or_path="none", dataset_name="none", output_dir=str(folder), max_steps=4, disable_tqdm=True,
         per_device_train_batch_size=batch_size, gradient_accumulation_steps=2, logging_steps=1, save_steps=2,
@@ -38,7 +58,8 @@ def train(folder: Path, batch_size: int, resume: str | None = None, **more) -> F
     )  # fmt: skip
     model = tiny_model()
     callbacks = balance_callbacks(model, args)
-    trainer = FinetuneTrainer(model, args, rows(14, 0), rows(5, 9), callbacks=callbacks)
+    accelerator = sharded_accelerator() if sharded else None
+    trainer = FinetuneTrainer(model, args, rows(14, 0), rows(5, 9), callbacks=callbacks, accelerator=accelerator)
     trainer.result = trainer.train(resume)
     return trainer
 
@@ -48,10 +69,10 @@ def losses(trainer: FinetuneTrainer) -> list[dict[str, float]]:
     return [{name: line[name] for name in names if name in line} for line in trainer.log_lines]
 
 
-def main(folder: Path, batch_size: int) -> None:
-    straight = train(folder / "straight", batch_size)
+def main(folder: Path, batch_size: int, sharded: bool) -> None:
+    straight = train(folder / "straight", batch_size, sharded)
     checkpoint = str(folder / "straight" / "checkpoint-2")
-    resumed = train(folder / "resumed", batch_size, resume=checkpoint)
+    resumed = train(folder / "resumed", batch_size, sharded, checkpoint)
     weights = straight.accelerator.get_state_dict(straight.model)
     again = resumed.accelerator.get_state_dict(resumed.model)
     write_result(straight, straight.result)
@@ -72,4 +93,4 @@ def main(folder: Path, batch_size: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), "sharded" in sys.argv)
