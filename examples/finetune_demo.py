@@ -31,18 +31,18 @@ CHARACTERS = 20_000
 HELD_OUT_ONE_IN = 5
 PROMPTS = ("# Installation\n\nTo install", "This package is", "## License\n\n")
 RECIPE = {
-    "max_steps": 300,
+    "max_steps": 600,
     "per_device_train_batch_size": 4,
     "max_length": 256,
     "lora_r": 16,
     "lora_alpha": 32,
     "lora_target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
-    "learning_rate": 3e-3,
+    "learning_rate": 1e-2,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 20,
     "logging_steps": 10,
-    "eval_steps": 50,
-    "save_steps": 100,
+    "eval_steps": 100,
+    "save_steps": 200,
     "save_total_limit": 2,
     "seed": 7,
 }
