@@ -22,6 +22,11 @@ BACKEND_NAME = "hf_moe"
 _BATCHED_ROWS = 32
 # Up to this many tokens the CPU form saves calls rather than memory.
 _FEW_TOKENS = 8
+# Small stacks are multiplied whole: measured with 8 experts of 64 x 192 in bfloat16, 76 instead of 173 us for 3 tokens,
+# 121 instead of 800 us for 16, and as long for one. Elements of such a stack; and its products for all tokens.
+_WHOLE_STACK_ELEMENTS, _WHOLE_STACK_PRODUCTS = 1 << 19, 1 << 24
+# How many experts there may be for each choice of a token: the others are computed for nothing.
+_WHOLE_STACK_EXPERTS = 3
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ def experts_cpu(
     num_experts = gate_up_proj.shape[0]
     inputs = (hidden_states, topk_weights, gate_up_proj, down_proj)
     with_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    if fp8 is None and not with_grad and _takes_whole_stack(topk_indices, gate_up_proj, down_proj):
+        return _experts_whole_stack(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn)
     if num_tokens <= _FEW_TOKENS and not with_grad:
         return _experts_few_tokens(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn, fp8)
     if torch.is_grad_enabled() and (gate_up_proj.requires_grad or down_proj.requires_grad):
@@ -103,6 +110,28 @@ def _expert(rows, gate_up, down, expert: int, act_fn, fp8: "Fp8Experts | None") 
     gate_up = fp8_linear(rows, gate_up[expert], gate_up_scale, fp8.format, parts=2, quantize=fp8.quantize)
     gate, up = gate_up.chunk(2, dim=-1)
     return fp8_linear(act_fn(gate) * up, down[expert], down_scale, fp8.format, quantize=fp8.quantize)
+
+
+def _takes_whole_stack(topk_indices: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> bool:
+    elements = gate_up_proj.numel() + down_proj.numel()
+    small = elements <= _WHOLE_STACK_ELEMENTS and elements * topk_indices.shape[0] <= _WHOLE_STACK_PRODUCTS
+    # In float16 an expert that nobody chose may overflow, and a weight of zero does not undo that.
+    wide = gate_up_proj.dtype != torch.float16
+    return small and wide and gate_up_proj.shape[0] <= _WHOLE_STACK_EXPERTS * topk_indices.numel()
+
+
+def _experts_whole_stack(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn) -> torch.Tensor:
+    """`experts_cpu` for small stacks, without gradients: every expert on every token, in two products."""
+    num_tokens, num_experts = hidden_states.shape[0], gate_up_proj.shape[0]
+    gate_up = linear(hidden_states, gate_up_proj.flatten(0, 1)).view(num_tokens, num_experts, 2, -1)
+    gate, up = gate_up.unbind(2)  # (T, E, I) each
+    rows = torch.bmm(down_proj, (act_fn(gate) * up).permute(1, 2, 0))  # (E, H, T)
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
+    # One column more, for the ids of other ranks.
+    weights = topk_weights.new_zeros((num_tokens, num_experts + 1), dtype=wide)
+    weights.scatter_(1, topk_indices.clamp(max=num_experts), topk_weights.to(wide))
+    weights = weights[:, :num_experts].t().unsqueeze(1)  # (E, 1, T)
+    return (rows.to(wide) * weights).sum(0).t().to(hidden_states.dtype)
 
 
 def _experts_few_tokens(
