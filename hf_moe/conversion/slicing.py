@@ -267,7 +267,7 @@ def _edit_config(
     if "num_layers" in changes and isinstance(holder.get("num_hidden_layers"), int):
         sublayers = holder["num_hidden_layers"] // config.get_text_config().num_layers  # 1 or 2, as files disagree
         holder["num_hidden_layers"] = sublayers * changes["num_layers"]
-    for part in (output, holder):
+    for part in [output] if holder is output else [output, holder]:
         quantization = part.get("quantization_config")
         for key in ("ignore", "modules_to_not_convert"):
             if isinstance(quantization, dict) and isinstance(quantization.get(key), list):

@@ -307,7 +307,7 @@ def no_room(monkeypatch):
 
 
 def fills_up(monkeypatch, limit=100_000, state=None):
-    """Writes fail after `limit` bytes and, given the state file of a conversion, not before it names a finished file."""
+    """Writes fail after `limit` bytes; given a conversion's state file, not before that names a finished file."""
     written = []
     write = os.pwrite
 
