@@ -116,6 +116,84 @@ def route(
         run_route(model, text, out, groups, max_tokens, window, layer, json, explain)
 
 
+# The options are those of a dataclass, which Transformers' parser reads: see `training.arguments`.
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def finetune(context: typer.Context) -> None:
+    """Fine-tune a model, with LoRA or whole, on JSONL, Parquet, text or a Hub dataset (--help for the options)."""
+    from .training.command import run_finetune
+
+    with _clear_errors():
+        run_finetune(context.args)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    repo: Annotated[str, typer.Argument(help="owner/name on the Hub; created where it is missing.")],
+    public: Annotated[
+        bool, typer.Option("--public/--private", help="Who sees a repository that is created; default: you alone.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made where it is missing.")] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
+    token: Annotated[str | None, typer.Option(help="Of the Hub; left out: the one that is logged in.")] = None,
+    code: Annotated[bool, typer.Option("--code/--no-code", help="Add the modules of the model and `auto_map`.")] = True,
+    card: Annotated[
+        bool | None, typer.Option("--card/--no-card", help="Write README.md; left out: where there is none but ours.")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="Release that the weights come from, as owner/name.")] = None,
+    license: Annotated[str | None, typer.Option(help="In the Hub's spelling; left out: the release's.")] = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the card.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of files to leave; may be repeated.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Verify, list what would be pushed, send nothing.")
+    ] = False,
+) -> None:
+    """Verify a checkpoint folder and upload it to the Hub with code, card and licence. Repeat to go on."""
+    from .hub.card import CardOptions
+    from .hub.command import run_push
+    from .hub.push import PushOptions
+
+    about = CardOptions(base_model, license, title)
+    with _clear_errors():
+        options = PushOptions(public, revision, message, token, code, card, tuple(exclude or ()), about)
+        run_push(folder, repo, options, dry_run)
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    out: Annotated[Path | None, typer.Option(help="File to write, `-` to print; left out: README.md there.")] = None,
+    repo: Annotated[str | None, typer.Option(help="owner/name that the card's snippets load.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Release that the weights come from, as owner/name.")] = None,
+    license: Annotated[str | None, typer.Option(help="In the Hub's spelling; left out: the release's.")] = None,
+    title: Annotated[str | None, typer.Option(help="Heading; left out: the name.")] = None,
+    code: Annotated[bool, typer.Option("--code/--no-code", help="Whether the code goes with the checkpoint.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md that is not ours.")] = False,
+) -> None:
+    """Write the model card of a checkpoint folder, from its configuration and the manifest of its conversion."""
+    from .hub.card import CardOptions
+    from .hub.command import run_card
+
+    with _clear_errors():
+        run_card(folder, out, overwrite, repo, code, CardOptions(base_model, license, title))
+
+
+@app.command()
+def tokenizer(
+    source: Annotated[Path, typer.Argument(help="Folder with tiktoken.model and tokenizer_config.json (Kimi-K2).")],
+    target: Annotated[Path | None, typer.Argument(help="Folder to write to; left out: SOURCE.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a tokenizer.json that is there.")] = False,
+) -> None:
+    """Make a fast tokenizer out of a tiktoken vocabulary: the same ids from plain AutoTokenizer."""
+    from .hub.command import run_tokenizer
+
+    with _clear_errors():
+        run_tokenizer(source, target, overwrite)
+
+
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="Folder of a checkpoint, or Hub id, read without a download.")],

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..hub.tokenizer import with_fast_tokenizer
 from .fused import plan_fused, plan_same, plan_upstream
 from .inference import is_inference, open_checkpoint, plan_hub, plan_inference
 from .plan import Plan
@@ -76,7 +77,8 @@ def default_workers(source: Source) -> int:
 def carry_out(
     source: Source, plan: Plan, target: Path, workers: int, max_shard_size: str, dry_run: bool, progress: bool = True
 ) -> Summary:
-    """Runs a plan and prints its summary."""
+    """Runs a plan and prints its summary. A tiktoken vocabulary gets a fast tokenizer beside it."""
+    plan = with_fast_tokenizer(source, plan)
     summary = convert(
         source, plan, target, workers=workers, max_shard_size=max_shard_size, dry_run=dry_run, progress=progress
     )
@@ -110,8 +112,8 @@ def print_summary(source: Source, summary: Summary, dry_run: bool) -> None:
         rate = summary.bytes_written / max(summary.seconds, 1e-9)
         lines.append(f"written to {summary.target} in {human_seconds(summary.seconds)}, {human_bytes(rate)}/s")
         report = summary.manifest["steps"][-1].get("report", {})
-        if report.get("squared_weights"):
-            error = (report["squared_error"] / report["squared_weights"]) ** 0.5
+        if report.get("sampled_squared_weights"):
+            error = (report["sampled_squared_error"] / report["sampled_squared_weights"]) ** 0.5
             lines.append(f"relative error of the quantised weights (root mean square): {error:.3g}")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

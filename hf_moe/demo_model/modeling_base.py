@@ -191,8 +191,21 @@ class MoePreTrainedModel(PreTrainedModel):
         else:
             skipped, candidates = None, tensors
         tensors = {**tensors, **_store_fp8(self, candidates, request, options["key_mapping"], skipped)}
+        self._fit_plans_to_fp8()
         self.get_correct_experts_implementation(self.config._experts_implementation)
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def _fit_plans_to_fp8(self) -> None:
+        """Scales are sharded with the experts that they belong to; FP8 modules are not cut by tensor parallelism."""
+        stems = {_numbered(name) for name, module in self.named_modules() if getattr(module, "fp8", None) is not None}
+        for name, style in dict(self._ep_plan or {}).items():
+            if style == "grouped_gemm" and name.rpartition(".")[0] in stems:
+                self._ep_plan[name + SCALE_SUFFIX] = style
+        self._tp_plan = {
+            name: style
+            for name, style in (self._tp_plan or {}).items()
+            if name not in stems and name.rpartition(".")[0] not in stems
+        }
 
     def freeze_fp8(self) -> None:
         """Takes the gradient from FP8 weights and their scales."""
@@ -361,8 +374,16 @@ def _refuse_for_fp8(arguments: dict[str, Any]) -> None:
     Raises:
         ValueError: with what to do instead.
     """
-    if arguments.get("tp_plan") is not None or arguments.get("distributed_config") is not None:
-        raise ValueError("FP8 weights cannot be sharded by tensor or expert parallelism: pass `dequantize=True`.")
+    distributed = arguments.get("distributed_config")
+    by_expert = (getattr(distributed, "ep_size", None) or 1) > 1 or getattr(
+        distributed, "enable_expert_parallel", False
+    )
+    sharded = any((getattr(distributed, name, None) or 1) > 1 for name in ("fsdp_size", "dp_replicate_size", "pp_size"))
+    if arguments.get("tp_plan") is not None or (distributed is not None and (sharded or not by_expert)):
+        raise ValueError(
+            "FP8 weights can be sharded by expert alone: `DistributedConfig(tp_size=N, ep_size=N)` leaves all others "
+            "whole on every device. Pass `dequantize=True` for any other sharding."
+        )
     if any(tensor.dtype == torch.float8_e4m3fn for tensor in (arguments.get("state_dict") or {}).values()):
         raise ValueError(
             "`state_dict` holds FP8 weights, which are read from files only: load the checkpoint from its folder, and "
@@ -402,6 +423,11 @@ def _split_quantization(
     if method == "fp8":
         return config, BlockFp8Config(upstream_fp8_config(requested), on_load=True)
     return config, None
+
+
+def _numbered(name: str) -> str:
+    """A module's name as the rules of parallel plans have it."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _on_load(name: str, tensor: Any, request: BlockFp8Config) -> Any:
