@@ -1,8 +1,11 @@
 """The command line as tests call it, and small checkpoint folders to call it with."""
 
+import errno
 import json
+import os
 import re
 import struct
+import time
 from pathlib import Path
 
 from models.checkpoints import edited_golden, read_config, read_tensors, write_checkpoint  # noqa: F401
@@ -43,3 +46,20 @@ def edit_json(path: Path, edit) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     result = edit(content)
     path.write_text(json.dumps(content if result is None else result), encoding="utf-8")
+
+
+def fills_up(monkeypatch, limit=100_000, state=None):
+    """Writes fail after `limit` bytes; given a conversion's state file, not before that names a finished file."""
+    written = []
+    write = os.pwrite
+
+    def fail(descriptor, data, offset):
+        written.append(len(data))
+        if sum(written) > limit:
+            deadline = time.monotonic() + 20
+            while state is not None and "sha256" not in state.read_text() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", fail)

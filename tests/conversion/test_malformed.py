@@ -4,11 +4,20 @@ import errno
 import json
 import os
 import shutil
-import time
 
 import pytest
 import torch
-from command_line import edit_json, edited_golden, message, read_tensors, rewrite_header, run, tree, write_checkpoint
+from command_line import (
+    edit_json,
+    edited_golden,
+    fills_up,
+    message,
+    read_tensors,
+    rewrite_header,
+    run,
+    tree,
+    write_checkpoint,
+)
 from models.checkpoints import golden, read_config
 
 FP8, BF16, INT4 = "v3_fp8", "v2_lite_greedy", "kimi_k2_int4"
@@ -304,23 +313,6 @@ def read_only(monkeypatch):
 def no_room(monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-
-
-def fills_up(monkeypatch, limit=100_000, state=None):
-    """Writes fail after `limit` bytes; given a conversion's state file, not before that names a finished file."""
-    written = []
-    write = os.pwrite
-
-    def fail(descriptor, data, offset):
-        written.append(len(data))
-        if sum(written) > limit:
-            deadline = time.monotonic() + 20
-            while state is not None and "sha256" not in state.read_text() and time.monotonic() < deadline:
-                time.sleep(0.01)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(descriptor, data, offset)
-
-    monkeypatch.setattr(os, "pwrite", fail)
 
 
 DISKS = {"read_only": (read_only, ["target"]), "no_room": (no_room, ["target", "free"]), "full": (fills_up, ["full"])}

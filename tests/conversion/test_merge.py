@@ -7,7 +7,7 @@ import shutil
 import pytest
 import tiny_step3
 import torch
-from command_line import edit_json, message, read_tensors, run, tree
+from command_line import edit_json, fills_up, message, read_tensors, run, tree
 from models.checkpoints import assert_same_bits, decode_fp8, golden, quantise_fp8, read_config
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
@@ -342,6 +342,24 @@ def test_bad_adapter(case, adapter_folder, tmp_path):
     assert result.exit_code == 2, message(result)
     assert all(fragment in message(result) for fragment in fragments), message(result)
     assert tree(tmp_path) == before
+
+
+def test_interrupted_merge_goes_on(adapter_folder, tmp_path, monkeypatch):
+    """After a full disk the same command goes on where it was, and another adapter is refused."""
+    command = ["merge", adapter_folder / "base", adapter_folder / "adapter", tmp_path / "merged"]
+    command += ["--max-shard-size", "20KB", "--workers", 1]
+    with monkeypatch.context() as patched:
+        fills_up(patched, 300_000, tmp_path / "merged.partial" / "state.json")
+        assert run(*command).exit_code == 2
+    shutil.copytree(adapter_folder / "adapter", tmp_path / "other")
+    factors(lambda tensors: [tensors[f"{O_PROJ}.lora_A.weight"].mul_(2)] and None)(tmp_path / "other")
+    refused = run(*command[:2], tmp_path / "other", *command[3:])
+    assert refused.exit_code == 2 and "another conversion" in message(refused)
+    result = run(*command)
+    assert result.exit_code == 0 and "going on" in message(result), message(result)
+    whole = merged(adapter_folder / "base", adapter_folder / "adapter", tmp_path / "whole")
+    for name, tensor in read_tensors(tmp_path / "merged").items():
+        assert_same_bits(name, tensor, whole[name])
 
 
 def test_manifest_names_the_adapter(adapter_folder, tmp_path):

@@ -9,6 +9,7 @@ from models.checkpoints import assert_same_bits, edited_golden, golden, read_con
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import hf_moe  # noqa: F401  registers the families
+from hf_moe.conversion.source import LocalStore
 
 CASES = (
     "v3_basic", "v3_fp8", "v3_mtp2", "v3_qlora_none", "v2_group_limited", "v2_lite_greedy", "kimi_k2", "kimi_k2_int4",
@@ -119,3 +120,23 @@ def test_manifest_names_the_choice(tmp_path):
     folder = sliced(tmp_path, "kimi_k2", "--first-layers", 2, "--experts", 6)
     step = json.loads((folder / "conversion.json").read_text())["steps"][-1]
     assert step["options"] == {"layers": [0, 1], "experts": [0, 1, 2, 3, 4, 5]}
+
+
+@pytest.mark.parametrize("case", ["v3_fp8", "step3_text"])
+def test_only_what_is_kept_is_read(case, tmp_path, monkeypatch):
+    """Of a repository, too, no more than headers, small files and the chosen tensors and rows are fetched."""
+    read = []
+    original = LocalStore.read_into
+
+    def count(self, filename, begin, buffer, what):
+        read.append((filename, len(buffer)))
+        return original(self, filename, begin, buffer, what)
+
+    monkeypatch.setattr(LocalStore, "read_into", count)
+    folder = edited_golden(tmp_path / "source", case, shards=4)
+    read.clear()
+    result = run("slice", folder, tmp_path / "slice", "--first-layers", 2, "--experts", "2,3")
+    assert result.exit_code == 0, message(result)
+    kept = sum(tensor.nbytes for tensor in read_tensors(tmp_path / "slice").values())
+    headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in folder.glob("*.safetensors"))
+    assert sum(size for name, size in read if name.endswith(".safetensors")) == kept + headers
