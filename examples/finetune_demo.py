@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import hf_moe  # noqa: F401  registers the models
@@ -31,18 +32,18 @@ CHARACTERS = 20_000
 HELD_OUT_ONE_IN = 5
 PROMPTS = ("# Installation\n\nTo install", "This package is", "## License\n\n")
 RECIPE = {
-    "max_steps": 300,
+    "max_steps": 600,
     "per_device_train_batch_size": 4,
     "max_length": 256,
     "lora_r": 16,
     "lora_alpha": 32,
     "lora_target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
-    "learning_rate": 3e-3,
+    "learning_rate": 1e-2,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 20,
     "logging_steps": 10,
-    "eval_steps": 50,
-    "save_steps": 100,
+    "eval_steps": 100,
+    "save_steps": 200,
     "save_total_limit": 2,
     "seed": 7,
 }
@@ -115,7 +116,8 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     window = RECIPE["max_length"]
-    result = {"before": {"bits_per_byte": bits_per_byte(base, tokenizer, held_out, window)}}
+    result: dict = {"torch": torch.__version__, "transformers": transformers.__version__}
+    result |= {"before": {"bits_per_byte": bits_per_byte(base, tokenizer, held_out, window)}}
     result["before"]["samples"] = complete(base, tokenizer)
 
     argv = ["--use_peft", "--packing", "--add_bos_token", "--eval_on_start", "--merge_adapter"]

@@ -9,23 +9,17 @@ LoRA is the default here; `--no_use_peft` trains all parameters.
 
 import sys
 
-from hf_moe.training import finetune
-from hf_moe.training.arguments import parse_arguments
-from hf_moe.training.command import print_options
+from hf_moe.training.command import run_finetune
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    if not argv or "--help" in argv:
-        print_options()
-        return
-    if "--no_use_peft" in argv:
-        argv = [word for word in argv if word != "--no_use_peft"]
-    else:
-        argv = ["--use_peft", *argv]
+    words = sys.argv[1:]
+    if "--no_use_peft" in words:
+        words.remove("--no_use_peft")
+    elif words:
+        words.insert(0, "--use_peft")
     try:
-        args = parse_arguments(argv, "finetune_lora.py")
-        finetune(args)
+        run_finetune(words)
     except ValueError as error:
         sys.exit(f"finetune_lora.py: {error}")
 

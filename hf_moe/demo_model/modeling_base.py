@@ -323,8 +323,8 @@ class MoePreTrainedModel(PreTrainedModel):
         arguments = {"is_main_process": is_main_process, "state_dict": state_dict, **kwargs}
         if getattr(self, "_hf_peft_config_loaded", False) or kwargs.get("distributed_checkpoint"):
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **arguments)
-        if state_dict is None and kwargs.get("save_original_format", True):
-            arguments["state_dict"] = self._state_dict_with_duplicates()
+        if kwargs.get("save_original_format", True):
+            arguments["state_dict"] = self._with_duplicates(self.state_dict() if state_dict is None else state_dict)
         quantizer = getattr(self, "hf_quantizer", None)
         if isinstance(quantizer, BlockFp8Quantizer):
             quantizer.state_dict_to_save = arguments["state_dict"]
@@ -343,14 +343,17 @@ class MoePreTrainedModel(PreTrainedModel):
             super().save_pretrained(staging, **arguments)
             _replace_files(Path(staging), Path(save_directory), arguments.get("variant"))
 
-    def _state_dict_with_duplicates(self) -> dict[str, torch.Tensor]:
-        state_dict = self.state_dict()
+    def _with_duplicates(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The same and the copies that upstream files hold of some; none of what a caller's own has left out."""
+        output = dict(state_dict)
         for duplicate, original in self.mtp_duplicates().items():
-            tensor = state_dict[original]
+            if original not in output or duplicate in output:
+                continue
+            tensor = output[original]
             if tensor.device.type == "meta":  # offloaded
                 tensor = load_offloaded_parameter(self, original)
-            state_dict[duplicate] = tensor.detach().clone()  # safetensors refuses tensors that share memory
-        return state_dict
+            output[duplicate] = tensor.detach().clone()  # safetensors refuses tensors that share memory
+        return output
 
 
 def _read_config(cls, path, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:

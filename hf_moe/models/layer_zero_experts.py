@@ -77,7 +77,10 @@ class ZeroExpertMoE(nn.Module):
         Where ranks hold different experts, every id must be that of one: tokens are sent to it. Those of zero experts
         then go round, to be multiplied with a weight of zero.
         """
-        if self.experts.num_experts == self.num_real_experts:
+        experts = self.experts
+        while hasattr(experts, "base_layer"):  # under an adapter
+            experts = experts.base_layer
+        if experts.num_experts == self.num_real_experts:
             return topk_indices.clamp_max(self.num_real_experts)
         return topk_indices.remainder(self.num_real_experts)
 

@@ -353,13 +353,12 @@ class LoraBackends:
 
     def get_interface(self, name: str | None, default: Callable) -> Callable:
         backend = ALL_EXPERTS_FUNCTIONS.get_interface(name, default)
-        if name in self.ours:
-            return backend
 
         def forward(experts, *args, lora: ExpertLora | None = None, **kwargs):
+            lora = experts.local_lora if lora is None else lora
             if lora is None:
                 return backend(experts, *args, **kwargs)
-            return experts_forward(experts, *args, lora=lora, **kwargs)
+            return (backend if name in self.ours else experts_forward)(experts, *args, lora=lora, **kwargs)
 
         return forward
 

@@ -12,7 +12,7 @@ import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
-from .weights_experts import SCALE_SUFFIX, StackExperts
+from .weights_experts import SCALE_SUFFIX, Stacking
 
 # Fused parameter to the upstream stacks that are concatenated into it, in order, along the rows of each expert.
 FUSED_STACKS = {
@@ -66,7 +66,7 @@ def join_stacks(tensors: dict[str, Any]) -> dict[str, Any]:
     return output
 
 
-class FuseStacks(StackExperts):
+class FuseStacks(Stacking):
     """Stacks of experts to one fused parameter, filled expert by expert."""
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .arguments import FinetuneArguments
-from .lora import check_targets
+from .lora import check_targets, mtp_targets
 
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 
@@ -18,8 +18,14 @@ def apply_lora(model: nn.Module, args: FinetuneArguments) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     modules, parameters = args.lora_target_modules, args.lora_target_parameters
-    if not modules and not parameters:
+    if args.lora_mtp == "only":
+        if modules or parameters:
+            raise ValueError("--lora_mtp only names its targets itself: leave --lora_target_* out")
+        modules, parameters = mtp_targets(model)
+    elif not modules and not parameters:
         modules, parameters = default_targets(model)
+    if args.lora_mtp == "none":
+        modules, parameters = (without_mtp_layers(model, names) for names in (modules, parameters))
     config = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
@@ -33,6 +39,19 @@ def apply_lora(model: nn.Module, args: FinetuneArguments) -> nn.Module:
     )
     check_targets(model, config)
     return get_peft_model(model, config)
+
+
+def without_mtp_layers(model: nn.Module, targets: list[str] | None) -> list[str]:
+    """The whole names of what `targets` match, outside of the MTP layers."""
+    layers = model.model.mtp_layers() if hasattr(getattr(model, "model", None), "mtp_layers") else []
+    inside = {id(part) for _, layer in layers for part in (*layer.modules(), *layer.parameters())}
+    named = [*model.named_modules(), *model.named_parameters()]
+    found: list[str] = []
+    for target in targets or ():
+        matched = [(name, part) for name, part in named if name == target or name.endswith(f".{target}")]
+        # One that matches nothing stays, to be named.
+        found += [name for name, part in matched if id(part) not in inside] if matched else [target]
+    return found
 
 
 def default_targets(model: nn.Module) -> tuple[list[str], list[str]]:

@@ -134,6 +134,10 @@ class FinetuneArguments:
         None, "Stacked parameters by the end of their name; left out with --lora_target_modules: the experts."
     )
     lora_modules_to_save: list[str] | None = option(None, "Modules to train and save whole.")
+    lora_mtp: str = option(
+        "along", "Factors in the MTP layers: along with the others, none, or there alone (with their eh_proj).",
+        choices=("along", "none", "only"),
+    )  # fmt: skip
     use_rslora: bool = option(False, "Scale by alpha / sqrt(r).")
 
     # --- MTP ---

@@ -230,16 +230,17 @@ class RouterBalance:
             # A second time is the recomputation of a checkpoint.
             if current is None or not router.training or name in current.seen:
                 return
-            router_logits, _, chosen = output
+            # Not those in the output: expert parallelism may have cut them down to those of a rank.
+            router_logits, chosen = output[0], router._last_topk_indices
             current.seen.add(name)
-            self._count(name, router, current, chosen.detach())
+            self._count(name, router, current, chosen)
             if self._head is not None:
                 if not torch.is_grad_enabled():
                     raise ValueError(
                         "Balance losses need the router's gradient, which reentrant checkpointing does not keep: pass "
                         "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
                     )
-                current.routed[name] = router_logits, chosen.detach()
+                current.routed[name] = router_logits, chosen
 
         return hook
 
@@ -377,6 +378,19 @@ class RouterBalance:
     def save_heat_map(self, path: str | Path) -> Path:
         """`Load.save_heat_map` of the whole training."""
         return self.load().save_heat_map(path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs for the same metrics and heat map; the biases are buffers of the model."""
+        values = {"window": self._window, "total": self._total, "loss_sum": torch.as_tensor(self._loss_sum)}
+        tensors = {name: value.cpu() for name, value in values.items() if value is not None}
+        return {**tensors, "loss_steps": self._loss_steps, "bias_update_rate": self.bias_update_rate}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave."""
+        device = next(self.decoder.parameters()).device
+        self._window, self._total = (state[name].to(device) if name in state else None for name in ("window", "total"))
+        self._loss_sum, self._loss_steps = state["loss_sum"].to(device), state["loss_steps"]
+        self.bias_update_rate = state["bias_update_rate"]
 
 
 def _layer_index(router_name: str) -> int:

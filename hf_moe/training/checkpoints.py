@@ -181,13 +181,13 @@ def load_checkpoint(trainer: "FinetuneTrainer", folder: Path, weights_only: bool
             raise CheckpointError(
                 f"{folder} cannot be taken up: its {name} is {saved['run'].get(name)}, that of this run is {value}"
             )
-    accelerator, device = trainer.accelerator, trainer.device
+    accelerator = trainer.accelerator
     if _sharded(accelerator):
         accelerator.load_state(str(folder / "sharded"))
     else:
         load_weights(trainer.unwrapped, folder)
         if not weights_only:
-            trainer.optimizer.load_state_dict(_read(folder / "optimizer.pt", device))
+            trainer.optimizer.load_state_dict(_read(folder / "optimizer.pt"))
     if (folder / "router_bias.safetensors").exists():
         stored = load_file(folder / "router_bias.safetensors")
         for name, bias in router_biases(trainer.unwrapped).items():
@@ -217,8 +217,8 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
     model.load_state_dict(loaded.state_dict())
 
 
-def _read(path: Path, device: torch.device | str = "cpu") -> Any:
-    return torch.load(path, map_location=device, weights_only=True)
+def _read(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _set_random_state(state: dict[str, Any]) -> None:

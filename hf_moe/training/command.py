@@ -20,10 +20,11 @@ def run_finetune(argv: list[str]) -> None:
         return
     args = parse_arguments(argv)
     from .adapters import memory_hint
-    from .run import finetune, torch
+    from .run import finetune, leave_process_group, torch
 
     try:
         finetune(args)
+        leave_process_group()
     except torch.OutOfMemoryError as error:
         raise SystemExit(f"hf-moe finetune: {memory_hint(error)}") from error
     except FloatingPointError as error:

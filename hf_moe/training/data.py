@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from .arguments import FinetuneArguments
 from .chat import encode_chat
@@ -279,7 +280,7 @@ def load_rows(tokenizer, args: FinetuneArguments) -> tuple[TokenRows, TokenRows 
 def _encode_all(tokenizer, args: FinetuneArguments, name: str, split: str, limit: int | None):
     samples = read_samples(name, args.dataset_config, split, args.dataset_text_field, args.sample_by, limit)
     encoder = Encoder(tokenizer, args)
-    encoded = list(encoder(samples))
+    encoded = list(tqdm(encoder(samples), desc=f"reading {name}", unit=" samples", disable=args.disable_tqdm))
     if not encoded:
         left_out = ", ".join(f"{count} {what}" for what, count in encoder.dropped.items())
         raise DataError(f"{name}: no sample is left to learn from ({left_out})")

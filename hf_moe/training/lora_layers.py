@@ -25,6 +25,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from ..models.op_quant import dequantize_block_fp8, quantize_block_fp8
+from .lora_parallel import call_with_own_factors, is_shared_out
 
 # Since PEFT 0.19 layers take the configuration as one argument; before, field by field.
 _TAKES_CONFIG = "config" in inspect.signature(PeftParamWrapper.__init__).parameters
@@ -219,6 +220,8 @@ class ParamWrapper(_Merging, PeftParamWrapper):  # PEFT asks for this name when 
         elif not self.merged:
             lora = self._with_factors(lora, x, args[0] if args else kwargs["topk_indices"])
         if lora is not None:
+            if not isinstance(self.base_layer, ParamWrapper) and is_shared_out(self.base_layer):
+                return call_with_own_factors(self.base_layer, x, *args, lora=lora, **kwargs)
             kwargs["lora"] = lora
         return self.base_layer(x, *args, **kwargs)
 

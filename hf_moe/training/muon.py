@@ -132,6 +132,8 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _muon(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        if parameter.dim() < 2 or hasattr(parameter, "ds_id"):
+            raise ValueError("Muon needs whole matrices, which DeepSpeed's ZeRO cuts: use FSDP2 or AdamW.")
         state, gradient = self.state[parameter], parameter.grad
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)

@@ -179,6 +179,8 @@ def _query_projection(layer: nn.Module) -> nn.Module:
 
 
 def _scale_rows(weight: torch.Tensor, factors: torch.Tensor) -> None:
+    if hasattr(weight, "ds_id"):
+        raise ValueError("QK-Clip cannot scale weights that DeepSpeed's ZeRO-3 cuts: use FSDP2.")
     column = factors.to(weight.device, weight.dtype).unsqueeze(1)
     if isinstance(weight, DTensor):
         by_row = [

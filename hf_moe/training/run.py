@@ -1,5 +1,7 @@
 """A fine-tuning run from options to files: `finetune(arguments)`."""
 
+import importlib.util
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,18 +45,23 @@ def finetune(args: FinetuneArguments, callbacks: Sequence[Callback] = ()) -> Fin
         CheckpointError: for a checkpoint that cannot be taken up.
         FloatingPointError: when the loss is no longer a number.
     """
+    if args.use_peft and importlib.util.find_spec("peft") is None:
+        raise ImportError("LoRA needs peft: pip install 'hf-moe[train]'")
     check_output_dir(args)
     accelerator = make_accelerator(args)
     tokenizer = load_tokenizer(args)
     check_length(args)
     train, held_out = load_rows(tokenizer, args)
     print_on_main(accelerator, describe("train", train), *([describe("held out", held_out)] if held_out else []))
+    if accelerator.is_main_process and not args.resume_from_checkpoint:
+        for folder in list_checkpoints(Path(args.output_dir)):  # there are some with --overwrite_output_dir alone
+            shutil.rmtree(folder)
     torch.manual_seed(args.seed)  # before the factors are drawn
     model = load_model(args)
     if args.use_peft:
         model = apply_lora(model, args)
-    elif next((p for p in model.parameters() if p.requires_grad and p.dtype.itemsize < 2), None) is not None:
-        raise ValueError("FP8 weights cannot be trained: pass --use_peft, or load a dequantised checkpoint")
+    elif any(p.is_floating_point() and p.dtype.itemsize < 2 for p in model.parameters()):
+        raise ValueError("FP8 weights cannot be trained: pass --use_peft, or start from a bfloat16 checkpoint")
     callbacks = [*balance_callbacks(model, args), *callbacks]
     trainer = FinetuneTrainer(model, args, train, held_out, tokenizer, callbacks, accelerator)
     print_on_main(accelerator, trained_table(model), estimate_memory(model))
@@ -66,6 +73,12 @@ def finetune(args: FinetuneArguments, callbacks: Sequence[Callback] = ()) -> Fin
     if commit:
         print_on_main(accelerator, f"uploaded: {commit}")
     return FinetuneResult(folder, trainer.unwrapped, tokenizer, result, trainer, count, commit)
+
+
+def leave_process_group() -> None:
+    """Ends communication with other processes, as the last thing a script does."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def check_output_dir(args: FinetuneArguments) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -172,7 +173,8 @@ class FinetuneTrainer:
             load_checkpoint(self, best, weights_only=True)
         for callback in self.callbacks:
             callback.on_train_end(self)
-        self.accelerator.end_training()
+        for tracker in getattr(self.accelerator, "trackers", ()):
+            tracker.finish()  # not `end_training`, which leaves the process group: the result is still to be written
         losses = [line["loss"] for line in self.log_lines if "loss" in line]
         evaluated = [line for line in self.log_lines if "eval_loss" in line]
         return TrainResult(
@@ -281,7 +283,7 @@ class FinetuneTrainer:
             self._judge(self.evaluate()["eval_loss"])
         due = {"steps": step % args.save_steps == 0, "epoch": end_of_epoch, "no": False}[args.save_strategy]
         best = args.load_best_model_at_end and self.state.best_step == step
-        if due or best or (last and args.save_strategy != "no" and args.load_best_model_at_end):
+        if due or best or (last and args.save_strategy != "no"):  # the last one, too: a longer run may go on from it
             save_checkpoint(self, self.output_dir / f"checkpoint-{step}")
             rotate(self.output_dir, args.save_total_limit, self.state.best_step, self.accelerator)
 
@@ -385,6 +387,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 def make_accelerator(args: FinetuneArguments) -> Accelerator:
     """An `Accelerator` for these options; what `accelerate launch` configured wins."""
+    check_trackers(args.report_to)
     precision = "bf16" if args.bf16 else None
     # Accelerate keeps the precision of a process's first accelerator; a second run in it may have another.
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != (precision or "no"):
@@ -400,6 +403,15 @@ def make_accelerator(args: FinetuneArguments) -> Accelerator:
         cpu=args.use_cpu or None,
         kwargs_handlers=handlers,
     )
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raises `ValueError` for a tracker that Accelerate does not know or that is not installed; it only skips those."""
+    available = [str(getattr(name, "value", name)) for name in get_available_trackers()]
+    for name in names:
+        if name not in available:
+            shown = ", ".join(available) or "none"
+            raise ValueError(f"--report_to {name}: no such tracker, or not installed; there are here: {shown}")
 
 
 def count_targets(labels: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from testing import assert_close
 from tiny import left_padded, random_ids, tiny_model
-from tiny_step3 import text_model
+from tiny_step3 import text_model, vl_model
 
 from hf_moe.training import balance_losses as losses
 from hf_moe.training.balance import BalanceOptions, RouterBalance, find_routers
@@ -250,6 +250,47 @@ def test_loss_joins_the_training_loss_and_reaches_the_router(family, checkpointi
     assert not any(module._forward_hooks for module in find_routers(model).values())
     assert not model.model._forward_pre_hooks
     assert model.eval()(input_ids=ids, labels=ids).aux_loss is None
+
+
+def test_vision_model():
+    model = vl_model().train()
+    balance = RouterBalance(model, LOSSES["step3"])
+    ids = random_ids(2, 13, high=60)
+    output = model(input_ids=ids, labels=ids)
+    output.loss.backward()
+    balance.step()
+    assert output.aux_loss > 0 and balance.load().num_tokens == ids.numel()
+
+
+def test_under_an_adapter():
+    peft = pytest.importorskip("peft")
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_parameters=targets)).train()
+    balance = RouterBalance(model, LOSSES["deepseek_v3"])
+    ids = random_ids(2, 13)
+    output = model(input_ids=ids, labels=ids)
+    expected = tiny_model().train()
+    RouterBalance(expected, LOSSES["deepseek_v3"])
+    assert_close("aux_loss", output.aux_loss, expected(input_ids=ids, labels=ids).aux_loss, "float32")
+    output.aux_loss.backward()  # the first experts move what the second router sees
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+    balance.step()
+    assert balance.load().num_tokens == ids.numel()
+
+
+def test_resumed_counts():
+    model = tiny_model().train()
+    balance = RouterBalance(model, LOSSES["deepseek_v3"])
+    ids = random_ids(2, 13)
+    model(input_ids=ids, labels=ids)
+    balance.step()
+    state, metrics = balance.state_dict(), balance.metrics(reset=False)
+    balance.detach()
+    again = RouterBalance(model, LOSSES["deepseek_v3"])
+    again.load_state_dict(state)
+    for before, after in zip(balance.load().layers, again.load().layers):
+        assert torch.equal(before.counts, after.counts)
+    assert again.metrics() == metrics
 
 
 def test_loss_by_hand():

@@ -15,8 +15,10 @@ from hf_moe.cli import app
 from hf_moe.demo import DEMO_MODEL
 from hf_moe.training import FinetuneArguments, finetune
 from hf_moe.training import run as run_module
+from hf_moe.training.adapters import apply_lora
 from hf_moe.training.arguments import parse_arguments
 from hf_moe.training.charts import draw_losses
+from hf_moe.training.checkpoints import list_checkpoints
 from hf_moe.training.trainer import read_log
 
 peft = pytest.importorskip("peft")
@@ -193,7 +195,61 @@ def test_adapters_leave_the_biases_alone_unless_told(tmp_path):
     assert all(not torch.equal(still[name], moved[name]) for name in still) and len(still) == 4
 
 
+@pytest.mark.parametrize("where", ["along", "none", "only"])
+def test_factors_in_mtp_layers(where):
+    args = FinetuneArguments(
+        model_name_or_path="m", dataset_name="d", output_dir="o", use_peft=True, lora_mtp=where, lora_r=2
+    )
+    model = apply_lora(AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32), args)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    mtp = [name for name in trained if ".layers.4." in name]  # the demo model has four main layers
+    assert {"along": 0 < len(mtp) < len(trained), "none": not mtp, "only": mtp == trained}[where]
+    assert any("experts" in name for name in trained) and any("o_proj" in name for name in trained)
+    assert any("eh_proj" in name for name in trained) == (where == "only")
+    if where == "none":
+        args.lora_target_modules = ["o_proj", "nowhere"]
+        with pytest.raises(ValueError, match="'nowhere' matches no module"):
+            apply_lora(AutoModelForCausalLM.from_pretrained(DEMO_MODEL), args)
+
+
+def test_fp8_checkpoints(tmp_path):
+    """LoRA trains on block FP8 and merges into it; full fine-tuning says why not."""
+    from transformers import AutoTokenizer, FineGrainedFP8Config
+
+    folder, data = tmp_path / "fp8", write_data(tmp_path)
+    quantized = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, quantization_config=FineGrainedFP8Config())
+    quantized.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
+    common = dict(model_name_or_path=str(folder), dataset_name=data, max_steps=3, disable_tqdm=True, logging_steps=1,
+                  per_device_train_batch_size=4, save_strategy="no")  # fmt: skip
+    with pytest.raises(ValueError, match="FP8 weights cannot be trained: pass --use_peft"):
+        finetune(FinetuneArguments(output_dir=str(tmp_path / "whole"), **common))
+    out = tmp_path / "out"
+    result = finetune(
+        FinetuneArguments(output_dir=str(out), use_peft=True, merge_adapter=True, learning_rate=1e-2,
+                          gradient_checkpointing=True, lr_scheduler_type="constant", **common)
+    )  # fmt: skip
+    values = [line["main_loss"] for line in result.training.log if "main_loss" in line]
+    assert values[-1] < values[0]
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged")
+    kinds = {parameter.dtype for parameter in merged.parameters()}
+    assert torch.float8_e4m3fn in kinds
+    adapted = logits(peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), out)).float()
+    original = logits(AutoModelForCausalLM.from_pretrained(folder)).float()
+    # Rounding to FP8 loses some of the change, not most of it.
+    assert (logits(merged).float() - adapted).norm() < 0.6 * (original - adapted).norm()
+
+
+def test_starting_anew_leaves_no_old_checkpoints(tmp_path):
+    more = dict(model_name_or_path=str(DEMO_MODEL), dataset_name=write_data(tmp_path), output_dir=str(tmp_path / "out"),
+                use_peft=True, lora_target_modules=["o_proj"], save_steps=1, disable_tqdm=True)  # fmt: skip
+    finetune(FinetuneArguments(max_steps=3, **more))
+    finetune(FinetuneArguments(max_steps=1, overwrite_output_dir=True, **more))
+    assert [folder.name for folder in list_checkpoints(tmp_path / "out")] == ["checkpoint-1"]
+
+
 def test_upload(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
     import huggingface_hub
 
     calls = []

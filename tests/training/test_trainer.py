@@ -22,6 +22,7 @@ from hf_moe.training.callbacks import Callback
 from hf_moe.training.checkpoints import CheckpointError, check_checkpoint, find_checkpoint, list_checkpoints
 from hf_moe.training.data import IGNORE_INDEX, Collator, TokenRows
 from hf_moe.training.replay import enable_gradient_checkpointing, replay_contexts, replay_routes
+from hf_moe.training.router_callbacks import balance_callbacks
 from hf_moe.training.trainer import mtp_parameters, read_log
 
 pytest.importorskip("peft")
@@ -250,9 +251,12 @@ def lora(model, dropout: float = 0.1):
     return get_peft_model(model, LoraConfig(r=4, lora_dropout=dropout, target_modules=["o_proj", "kv_b_proj"]))
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", "full", "balanced"])
 def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path, kind):
-    """20 steps; or 10, a kill at step 13, and the rest: dropout, accumulation, packing, schedule and evaluation."""
+    """20 steps; or 10, a kill at step 13, and the rest: dropout, accumulation, packing, schedule and evaluation.
+
+    With Muon, moving biases and balance losses, too.
+    """
 
     def model():
         return lora(tiny_model()) if kind == "lora" else tiny_model()
@@ -261,13 +265,20 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path, kind):
     more = dict(
         max_steps=20, save_strategy="steps", save_steps=5, gradient_accumulation_steps=2, warmup_steps=3,
         lr_scheduler_type="cosine", logging_steps=3, eval_strategy="steps", eval_steps=4, validation_split=0.5,
-        weight_decay=0.1,
+        weight_decay=0.1, optim="muon" if kind == "balanced" else "adamw_torch",
     )  # fmt: skip
-    straight = trained(tmp_path / "straight", data, model(), held_out, **more)
+
+    def run(folder: str, *callbacks, **extra):
+        tiny = model()
+        if kind == "balanced":
+            callbacks = (*balance_callbacks(tiny, options(tmp_path, router_bias_update_rate=0.05, **more)), *callbacks)
+        return trained(tmp_path / folder, data, tiny, held_out, callbacks, **more, **extra)
+
+    straight = run("straight")
     with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path / "killed", data, model(), held_out, [Crash(13)], **more)
+        run("killed", Crash(13))
     torch.manual_seed(123), random.seed(5), np.random.seed(7)  # another process would have other numbers
-    resumed = trained(tmp_path / "killed", data, model(), held_out, resume_from_checkpoint="latest", **more)
+    resumed = run("killed", resume_from_checkpoint="latest")
     assert [path.name for path in list_checkpoints(tmp_path / "killed")][0] == "checkpoint-20"
     assert losses(resumed) == losses(straight) and len(losses(straight)) == 7 + 5
     for (name, one), other in zip(straight.unwrapped.state_dict().items(), resumed.unwrapped.state_dict().values()):
@@ -439,11 +450,19 @@ def test_weights_and_biases_are_reported_through_accelerate(tmp_path, monkeypatc
     import accelerate.accelerator as host
     import accelerate.tracking as tracking
 
+    import hf_moe.training.trainer as ours
+
+    monkeypatch.setattr(ours, "get_available_trackers", lambda: ["wandb"])
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Recorder)
     monkeypatch.setattr(host, "filter_trackers", lambda names, *more: list(names))
     trained(tmp_path, some_rows(), report_to=["wandb"], run_name="first", max_steps=2)
     assert lines[0] == ("hf-moe", {"name": "first"}) and lines[1]["max_steps"] == 2
     assert [step for step, _ in lines[2:]] == [1, 2] and "main_loss" in lines[2][1]
+
+
+def test_trackers_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(ValueError, match="--report_to nothing: no such tracker, or not installed"):
+        trained(tmp_path, some_rows(), report_to=["nothing"])
 
 
 def test_every_family_trains(tmp_path):

@@ -1,0 +1,96 @@
+"""Two processes over gloo on the CPU, data parallel and sharded, against one process with the doubled batch."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from testing import assert_close
+from transformers import AutoModelForCausalLM
+
+import hf_moe  # noqa: F401  registers the models
+
+pytest.importorskip("peft")
+SCRIPT = Path(__file__).with_name("trainer_ranks.py")
+
+
+def start(folder: Path, batch_size: int, world: int, *words: str) -> list[subprocess.Popen]:
+    folder.mkdir()
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[1]), str(SCRIPT.parents[2])])
+        if world > 1:
+            environment |= {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            }  # fmt: skip
+        command = [sys.executable, str(SCRIPT), str(folder), str(batch_size), *words]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    return processes
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of the three ways to run, all at once."""
+    folder = tmp_path_factory.mktemp("ranks")
+    processes = {
+        "one": start(folder / "one", 4, 1),
+        "ddp": start(folder / "ddp", 2, 2),
+        "fsdp2": start(folder / "fsdp2", 2, 2, "sharded"),
+    }
+    texts = {}
+    for name, started in processes.items():
+        for process in started:
+            try:
+                output, _ = process.communicate(timeout=240)
+            except subprocess.TimeoutExpired:
+                for other in sum(processes.values(), []):
+                    other.kill()
+                raise
+            texts.setdefault(name, []).append((process.returncode, output.decode()[-3000:]))
+    for name, ended in texts.items():
+        assert all(code == 0 for code, _ in ended), f"{name}: {ended}"
+    return {name: (json.loads((folder / name / "summary.json").read_text()), folder / name) for name in processes}
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_two_processes_are_one_with_the_doubled_batch(runs, way):
+    expected, one = runs["one"]
+    summary, folder = runs[way]
+    assert summary["kind"].endswith({"ddp": "MULTI_CPU", "fsdp2": "FSDP"}[way])
+    assert len(summary["losses"]) == len(expected["losses"]) == 6
+    for actual, line in zip(summary["losses"], expected["losses"]):
+        assert set(actual) == set(line)
+        for name, value in line.items():
+            assert actual[name] == pytest.approx(value, rel=1e-3 if name == "grad_norm" else 1e-5), name
+    weights, reference = (load_file(path / "weights.safetensors") for path in (folder, one))
+    assert set(weights) == set(reference)
+    for name, value in reference.items():
+        assert_close(name, weights[name], value, "float32_grad")
+
+
+@pytest.mark.parametrize("way", ["one", "ddp", "fsdp2"])
+def test_a_resumed_run_is_the_same_bit_for_bit(runs, way):
+    summary, _ = runs[way]
+    assert summary["equal"]
+    assert summary["resumed"] == [line for line in summary["losses"] if line["step"] > 2]
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_the_written_model_is_whole(runs, way):
+    reference, written = (
+        AutoModelForCausalLM.from_pretrained(runs[name][1] / "straight", dtype=torch.float32).state_dict()
+        for name in ("one", way)
+    )
+    assert set(written) == set(reference)
+    for name, value in reference.items():
+        assert_close(name, written[name], value, "float32_grad")

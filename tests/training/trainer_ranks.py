@@ -1,0 +1,96 @@
+"""One of the processes of `test_trainer_processes.py`; also what a process alone runs, with the doubled batch.
+
+Runs full fine-tuning with balance, for 4 steps; then 2 of them, and the rest from the checkpoint. Rank 0 writes the
+losses of both and the weights.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from safetensors.torch import save_file
+from tiny import tiny_model
+
+from hf_moe.training import FinetuneArguments, FinetuneTrainer
+from hf_moe.training.data import IGNORE_INDEX, TokenRows
+from hf_moe.training.output import write_result
+from hf_moe.training.router_callbacks import balance_callbacks
+
+
+def rows(count: int, seed: int, packed: bool = False) -> TokenRows:
+    rng = random.Random(seed)
+    samples = []
+    for _ in range(count):
+        ids = [rng.randrange(3, 60) for _ in range(rng.randrange(4, 20))]
+        labels = [token if at and rng.random() < 0.7 else IGNORE_INDEX for at, token in enumerate(ids)]
+        samples.append((ids, [*labels[:-1], ids[-1]]))
+    return TokenRows.from_samples(samples, max_length=32, packed=packed)
+
+
+def sharded_accelerator() -> Accelerator:
+    """Accelerate offers FSDP on accelerators alone; its code runs on the CPU, too."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["DeepseekV3DecoderLayer", "DeepseekV3MTPLayer"],
+        state_dict_type="SHARDED_STATE_DICT",
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=2)
+    for state in (PartialState, AcceleratorState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    return accelerator
+
+
+def train(folder: Path, batch_size: int, sharded: bool, resume: str | None = None, **more) -> FinetuneTrainer:
+    args = FinetuneArguments(
+        model_name_or_path="none", dataset_name="none", output_dir=str(folder), max_steps=4, disable_tqdm=True,
+        per_device_train_batch_size=batch_size, gradient_accumulation_steps=2, logging_steps=1, save_steps=2,
+        learning_rate=1e-3, use_cpu=True, eval_strategy="steps", eval_steps=2, validation_split=0.5,
+        lr_scheduler_type="constant", per_device_eval_batch_size=2, router_bias_update_rate=0.01, **more,
+    )  # fmt: skip
+    model = tiny_model()
+    callbacks = balance_callbacks(model, args)
+    accelerator = sharded_accelerator() if sharded else None
+    trainer = FinetuneTrainer(model, args, rows(14, 0), rows(5, 9), callbacks=callbacks, accelerator=accelerator)
+    trainer.result = trainer.train(resume)
+    return trainer
+
+
+def losses(trainer: FinetuneTrainer) -> list[dict[str, float]]:
+    names = ("step", "loss", "main_loss", "mtp_loss_1", "grad_norm", "eval_loss", "router_max_over_mean")
+    return [{name: line[name] for name in names if name in line} for line in trainer.log_lines]
+
+
+def main(folder: Path, batch_size: int, sharded: bool) -> None:
+    straight = train(folder / "straight", batch_size, sharded)
+    checkpoint = str(folder / "straight" / "checkpoint-2")
+    resumed = train(folder / "resumed", batch_size, sharded, checkpoint)
+    weights = straight.accelerator.get_state_dict(straight.model)
+    again = resumed.accelerator.get_state_dict(resumed.model)
+    write_result(straight, straight.result)
+    if straight.accelerator.is_main_process:
+        equal = all(torch.equal(weights[name], again[name]) for name in weights)
+        summary = {
+            "losses": losses(straight),
+            "resumed": losses(resumed),
+            "equal": equal,
+            "kind": str(straight.accelerator.distributed_type),
+        }
+        (folder / "summary.json").write_text(json.dumps(summary))
+        save_file(
+            {name: value.detach().cpu().clone() for name, value in weights.items()}, folder / "weights.safetensors"
+        )
+    straight.accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), int(sys.argv[2]), "sharded" in sys.argv)
