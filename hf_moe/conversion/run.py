@@ -301,6 +301,7 @@ class _Job:
                 self._end(workers, hasher)
                 torch.set_num_threads(threads_before)
         if self.errors:
+            self._drop_empty_state()  # nothing to go on with
             raise self.errors[0]
 
     def _end(self, workers: list[threading.Thread], hasher: threading.Thread) -> None:
