@@ -404,14 +404,14 @@ def _conversion(checkpoint: Checkpoint) -> tuple[str, list[dict[str, str]], list
         files = _file_rows(source.get("files"))
         if files:
             checksums.append(
-                {"title": f"SHA-256 of the {len(files)} weight files that step {number} read", "files": files}
+                {"title": f"SHA-256 of the weight files that step {number} read ({len(files)})", "files": files}
             )
     # The card is among the files of the record where it was carried: its own checksum cannot stand in it.
     listed = checkpoint.manifest.get("files")
     weights = {name: entry for name, entry in listed.items() if name.endswith(".safetensors")} if listed else {}
     files = _file_rows(weights)
     if files:
-        checksums.insert(0, {"title": f"SHA-256 of the {len(files)} weight files here", "files": files})
+        checksums.insert(0, {"title": f"SHA-256 of the weight files here ({len(files)})", "files": files})
     return f"Converted by hf_moe; `{MANIFEST}` has the whole record.", rows, checksums
 
 
