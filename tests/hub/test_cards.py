@@ -21,7 +21,7 @@ from hf_moe.hub.card import CardOptions, Checkpoint, is_ours, read_checkpoint, r
 from hf_moe.hub.families import FAMILIES, RELEASES, licence_of
 from hf_moe.hub.push import push
 from hf_moe.hub.tokenizer import convert_tokenizer
-from hf_moe.inspect.report import inspect_model
+from hf_moe.inspect.report import bytes_text, inspect_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CARDS = REPOSITORY / "model_cards"
@@ -98,7 +98,7 @@ def test_numbers_are_those_of_inspect(slug):
     record = inspect_model(next(f.example for f in FAMILIES.values() if f.slug == slug), [32768], [1], "bf16", None, [])
     for wanted in (record["total_params"], record["active_params"], record["mtp_params"], record["vision_params"]):
         assert not wanted or f"({wanted:,})" in text
-    assert f"{record['checkpoint_bytes']['fp8'] / 1e9:.3g} GB" in text
+    assert bytes_text(record["checkpoint_bytes"]["fp8"]) in text
 
 
 def test_parameters_are_those_of_the_model(tmp_path):
@@ -113,10 +113,8 @@ def test_parameters_are_those_of_the_model(tmp_path):
 
 
 def test_steps_versions_and_checksums_come_from_the_manifest():
-    first = {
-        "name": "deepseek-ai/DeepSeek-V3@0123abcd",
-        "files": {"model.safetensors": {"size": 7, "sha256": "b" * 64}},
-    }
+    read = {"model.safetensors": {"size": 7, "sha256": "b" * 64}}
+    first = {"name": "deepseek-ai/DeepSeek-V3@0123abcd", "files": read}
     second = {"name": "my|folder", "files": {"model.safetensors": {"size": 9, "header_sha256": "c" * 64}}}
     manifest = {
         "steps": [
@@ -125,7 +123,7 @@ def test_steps_versions_and_checksums_come_from_the_manifest():
         ],
         "files": {
             "model-1.safetensors": {"size": 1234567, "sha256": "a" * 64},
-            "README.md": {"size": 1, "sha256": "d"},
+            "README.md": {"size": 1, "sha256": "d" * 64},
         },
     }
     text = render_card(tiny_checkpoint(manifest=manifest))
