@@ -116,6 +116,19 @@ def route(
         run_route(model, text, out, groups, max_tokens, window, layer, json, explain)
 
 
+# The options are those of a dataclass, which Transformers' parser reads: see `training.arguments`.
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def finetune(context: typer.Context) -> None:
+    """Fine-tune a model, with LoRA or whole, on JSONL, Parquet, text or a Hub dataset (--help for the options)."""
+    from .training.command import run_finetune
+
+    with _clear_errors():
+        run_finetune(context.args)
+
+
 @app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
@@ -185,19 +198,83 @@ def tokenizer(
 def convert(
     source: Annotated[str, typer.Argument(help="Folder of a checkpoint, or Hub id, read without a download.")],
     target: Annotated[Path, typer.Argument(help="Folder to write; it appears when everything is written.")],
-    to: Annotated[str, typer.Option(help="bf16, fp8 or fp8-ue8m0.")],
+    to: Annotated[
+        str, typer.Option(help="bf16, fp8, fp8-ue8m0, or a layout: inference, hub, fused, per-expert, same.")
+    ],
     max_shard_size: Annotated[str, typer.Option(help="Of a weight file, such as 5GB or 500MB.")] = "5GB",
     workers: Annotated[int | None, typer.Option(min=1, help="Threads; left out: 2, for the Hub 8.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be written.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    world_size: Annotated[int | None, typer.Option(min=1, help="GPUs, with --to inference.")] = None,
 ) -> None:
     """Write a checkpoint in another format, piece by piece; repeat the command to go on after an interruption."""
     from .conversion.command import run_convert
 
     with _clear_errors():
         run_convert(
-            source, target, to, workers=workers, max_shard_size=max_shard_size, dry_run=dry_run, revision=revision
+            source,
+            target,
+            to,
+            workers=workers,
+            max_shard_size=max_shard_size,
+            dry_run=dry_run,
+            revision=revision,
+            world_size=world_size,
         )
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
+    against: Annotated[str | None, typer.Option(help="Folder or Hub id of a checkpoint to compare with.")] = None,
+    tolerance: Annotated[float | None, typer.Option(min=0.0, help="Relative error a tensor may have.")] = None,
+    values: Annotated[bool, typer.Option("--values/--no-values", help="Read every value.")] = True,
+    checksums: Annotated[bool, typer.Option("--checksums/--no-checksums", help="Compare with conversion.json.")] = True,
+    json: Annotated[bool, typer.Option("--json", help="Print one object, and nothing else.")] = False,
+) -> None:
+    """Say whether a checkpoint is whole and sound, and how it differs from another; exit code 2 if it is not."""
+    from .conversion.checkpoint_command import run_verify
+
+    with _clear_errors():
+        sound = run_verify(folder, against, tolerance, values, checksums, json)
+    if not sound:
+        raise typer.Exit(2)
+
+
+@app.command("slice")
+def slice_(
+    source: Annotated[str, typer.Argument(help="Folder of a checkpoint, or Hub id, read without a download.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; it appears when everything is written.")],
+    first_layers: Annotated[int | None, typer.Option(min=0, help="Layers to keep from the first on.")] = None,
+    last_layers: Annotated[int, typer.Option(min=0, help="Layers to keep up to the last.")] = 0,
+    experts: Annotated[str | None, typer.Option(help="A number of experts, or ids: 0,3,8-11.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of a weight file, such as 5GB or 500MB.")] = "5GB",
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; left out: 2, for the Hub 8.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be written.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+) -> None:
+    """Write a smaller checkpoint of the same architecture: some layers and experts, for a laptop."""
+    from .conversion.checkpoint_command import run_slice
+
+    with _clear_errors():
+        run_slice(source, target, first_layers, last_layers, experts, max_shard_size, workers, dry_run, revision)
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(help="Folder of a checkpoint, or Hub id, read without a download.")],
+    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of a LoRA adapter that PEFT saved.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; it appears when everything is written.")],
+    max_shard_size: Annotated[str, typer.Option(help="Of a weight file, such as 5GB or 500MB.")] = "5GB",
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; left out: 2, for the Hub 8.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be written.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.")] = None,
+) -> None:
+    """Merge a LoRA adapter into a checkpoint, bf16 or FP8, without loading the model."""
+    from .conversion.checkpoint_command import run_merge
+
+    with _clear_errors():
+        run_merge(base, adapter, target, max_shard_size, workers, dry_run, revision)
 
 
 @contextmanager

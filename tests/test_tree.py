@@ -263,7 +263,7 @@ def test_host_key_conversion_registry():
         converters = get_checkpoint_conversion_mapping(name)
         targets = sorted(target for converter in converters for target in converter.target_patterns)
         weights = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
-        assert targets == sorted(weights + [f"{target}_scale_inv" for target in weights]), name
+        assert targets == sorted(weights), name
 
 
 def test_host_conversion_operations():

@@ -9,11 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ..hub.tokenizer import with_fast_tokenizer
+from .fused import plan_fused, plan_same, plan_upstream
+from .inference import is_inference, open_checkpoint, plan_hub, plan_inference
 from .plan import Plan
 from .progress import human_bytes, human_seconds
 from .quantization import plan_bf16, plan_fp8, plan_fp8_ue8m0
 from .run import Summary, convert
-from .source import Source, open_source
+from .source import Source
 
 # What `--to` can name, and the function that plans it. Options of the command reach the functions that have a
 # parameter of the same name.
@@ -21,6 +23,11 @@ TARGETS: dict[str, Callable[..., Plan]] = {
     "bf16": plan_bf16,
     "fp8": plan_fp8,
     "fp8-ue8m0": plan_fp8_ue8m0,
+    "inference": plan_inference,
+    "hub": plan_hub,
+    "fused": plan_fused,
+    "per-expert": plan_upstream,
+    "same": plan_same,
 }
 _HUB_WORKERS = 8  # that mostly wait for answers
 _LOCAL_WORKERS = 2
@@ -41,8 +48,8 @@ def run_convert(
     """Converts a checkpoint and prints what was written, or would be.
 
     Args:
-        source, target, to, max_shard_size, dry_run, revision, progress: as `open_source` and `convert` take them; `to`
-            is a key of `TARGETS`.
+        source, target, to, max_shard_size, dry_run, revision, progress: as `open_checkpoint` and `convert` take them;
+            `to` is a key of `TARGETS`.
         workers: threads; left out: 2 for a folder, 8 for a repository.
         options: of single targets, such as `world_size`; those that are `None` are not given.
 
@@ -55,10 +62,16 @@ def run_convert(
     unknown = [name for name in given if name not in inspect.signature(TARGETS[to]).parameters]
     if unknown:
         raise ValueError(f"`--{unknown[0].replace('_', '-')}` is no option of `--to {to}`.")
-    opened = open_source(source, revision=revision)
+    opened = open_checkpoint(source, revision=revision)
+    if is_inference(opened) and to != "hub":
+        raise ValueError(f"{source}: is in the layout of DeepSeek's inference code. Convert it with `--to hub` first.")
     plan = TARGETS[to](opened, **given)
-    workers = workers or (_LOCAL_WORKERS if opened.local else _HUB_WORKERS)
-    return carry_out(opened, plan, target, workers, max_shard_size, dry_run, progress)
+    return carry_out(opened, plan, target, workers or default_workers(opened), max_shard_size, dry_run, progress)
+
+
+def default_workers(source: Source) -> int:
+    """Threads: few where a disk is read, more where they wait for answers."""
+    return _LOCAL_WORKERS if source.local else _HUB_WORKERS
 
 
 def carry_out(
@@ -85,8 +98,9 @@ def print_summary(source: Source, summary: Summary, dry_run: bool) -> None:
     for name, size in shown if len(shown) <= 12 else [*shown[:5], ("...", None), *shown[-5:]]:
         table.add_row(name, "" if size is None else f"{size:,}")
     console.print(table)
+    files = f"{len(shown)} {'file' if len(shown) == 1 else 'files'}"
     lines = [
-        f"{summary.tensors:,} tensors, {human_bytes(summary.bytes_written)} in {len(shown)} {'file' if len(shown) == 1 else 'files'}, "
+        f"{summary.tensors:,} tensors, {human_bytes(summary.bytes_written)} in {files}, "
         f"from {human_bytes(summary.bytes_read)}",
         f"other files: {', '.join(summary.files)}",
         *summary.notes,
@@ -98,8 +112,8 @@ def print_summary(source: Source, summary: Summary, dry_run: bool) -> None:
         rate = summary.bytes_written / max(summary.seconds, 1e-9)
         lines.append(f"written to {summary.target} in {human_seconds(summary.seconds)}, {human_bytes(rate)}/s")
         report = summary.manifest["steps"][-1].get("report", {})
-        if report.get("squared_weights"):
-            error = (report["squared_error"] / report["squared_weights"]) ** 0.5
+        if report.get("sampled_squared_weights"):
+            error = (report["sampled_squared_error"] / report["sampled_squared_weights"]) ** 0.5
             lines.append(f"relative error of the quantised weights (root mean square): {error:.3g}")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

@@ -72,6 +72,13 @@ FAMILIES = (
 )
 
 
+def model_name(config: dict[str, Any]) -> str:
+    """The model type, or where it is missing the one that the architecture belongs to."""
+    named = config.get("model_type")
+    family = None if named else find_family(config)
+    return named or (family.model_types[0] if family else str(config.get("architectures")))
+
+
 def find_family(config: dict[str, Any]) -> Family | None:
     """The family of a configuration, by its model type or else its architecture; `None` for others."""
     architectures = config.get("architectures") or []

@@ -9,6 +9,7 @@ Its sizes have other names, too (`ModelArgs`). They are written to `inference_co
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,9 +20,10 @@ import torch
 from ..models.op_quant import FP8
 from ..models.weights_experts import SCALE_SUFFIX
 from ..models.weights_safetensors import CheckpointError
+from .fused import plan_upstream
 from .plain import stored_quantization
 from .plan import Copy, Group, Output, Part, Plan, Tensors
-from .source import Source, SourceTensor, Store, carried_files, read_header, read_json
+from .source import Source, SourceTensor, Store, carried_files, open_store, read_header, read_json, read_source
 from .structure import family_of, fused_parameter, read_config_class
 
 CONFIG_NAME = "inference_config.json"
@@ -124,14 +126,14 @@ def to_upstream_name(name: str) -> Place | None:
 # --- there ------------------------------------------------------------------------------------------------------------
 
 
-def plan_inference(source: Source, ranks: int = 1) -> Plan:
-    """A checkpoint in upstream names, as files for `ranks` GPUs.
+def plan_inference(source: Source, world_size: int = 1) -> Plan:
+    """A checkpoint in upstream names, as files for `world_size` GPUs.
 
     Raises:
-        CheckpointError: for other families, for sizes that do not divide by `ranks`, for INT4 and fused experts, and
+        CheckpointError: for other families, for sizes that do not divide by that, for INT4 and fused experts, and
             for what the inference code does not compute.
     """
-    family = family_of(source.config)
+    ranks, family = world_size, family_of(source.config)
     if family not in _FAMILIES:
         raise CheckpointError(
             f"{source.name}: DeepSeek's inference code knows no {family}, only {', '.join(_FAMILIES)}."
@@ -167,7 +169,7 @@ def plan_inference(source: Source, ranks: int = 1) -> Plan:
             "has none, and converting back does not bring them back. Keep the original",
         )
     return Plan(
-        title=f"upstream to DeepSeek's inference layout for {ranks} GPUs",
+        title=f"upstream to DeepSeek's inference layout, {ranks} ranks",
         groups=groups,
         config=source.config,
         files={CONFIG_NAME: (json.dumps(arguments, indent=4) + "\n").encode()},
@@ -398,6 +400,39 @@ def upstream_config(arguments: dict[str, Any], has_bias: bool, path: str) -> dic
     return output
 
 
+def open_checkpoint(path_or_hub_id: str | os.PathLike, *, revision: str | None = None) -> Source:
+    """As `open_source`, and the inference layout as well.
+
+    Raises:
+        CheckpointError: for whatever is wrong with it.
+    """
+    store = open_store(path_or_hub_id, revision)
+    return read_inference_source(store) if inference_files(store) else read_source(store)
+
+
+def is_inference(source: Source) -> bool:
+    """Whether the source is in the inference layout."""
+    return all(_FILE.fullmatch(name) for name in source.files)
+
+
+def plan_hub(source: Source) -> Plan:
+    """A checkpoint in the inference layout, or with fused experts, in upstream names.
+
+    Raises:
+        CheckpointError: as the plans of the two.
+    """
+    return plan_from_inference(source) if is_inference(source) else plan_upstream(source)
+
+
+def by_tensor(source: Source) -> dict[str, dict[int, SourceTensor]]:
+    """What each rank holds of each tensor, by the name in its file."""
+    output: dict[str, dict[int, SourceTensor]] = {}
+    for key, entry in source.entries.items():
+        rank, _, name = key.partition("/")
+        output.setdefault(name, {})[int(rank)] = entry
+    return output
+
+
 def plan_from_inference(source: Source) -> Plan:
     """The files of all ranks as a checkpoint in upstream names, without MTP layers.
 
@@ -408,12 +443,8 @@ def plan_from_inference(source: Source) -> Plan:
         CheckpointError: for unknown tensors, ranks that disagree, and experts that are missing.
     """
     ranks = len(source.files)
-    by_name: dict[str, dict[int, SourceTensor]] = {}
-    for key, entry in source.entries.items():
-        rank, _, name = key.partition("/")
-        by_name.setdefault(name, {})[int(rank)] = entry
     groups = []
-    for name, held in by_name.items():
+    for name, held in by_tensor(source).items():
         place = to_upstream_name(name)
         first = next(iter(held.values()))
         if place is None:
@@ -433,7 +464,7 @@ def plan_from_inference(source: Source) -> Plan:
         config["num_nextn_predict_layers"] = 0
         notes.append("the files hold no MTP layers: `num_nextn_predict_layers` is set to 0")
     return Plan(
-        title=f"DeepSeek's inference layout for {ranks} GPUs to upstream", groups=groups, config=config, notes=notes
+        title=f"DeepSeek's inference layout, {ranks} ranks to upstream", groups=groups, config=config, notes=notes
     )
 
 

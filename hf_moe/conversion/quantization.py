@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from ..models.op_quant import FP8, FP8_MAX, block_grid, dequantize_block_fp8, dequantize_packed_int4, quantize_block_fp8
+from ..models.op_quant import FP8, FP8_MAX, block_grid, dequantize_block_fp8, dequantize_packed_int4
 from ..models.weights_lazy import read_quantization_config
 from ..models.weights_safetensors import CheckpointError
+from .arithmetic import decode_block_rows, encode_block_rows, scratch
 from .families import bfloat16_config, find_family, fp8_config, is_exempt, quantization_of, require_family
 from .plan import Copy, Group, Output, Plan, Tensors, copy_group
 from .source import Source
@@ -24,6 +25,7 @@ from .source import Source
 BLOCK_SIZE = (128, 128)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _CHUNK = 1 << 20  # elements that are converted at once: their float32 values stay near the processor
+_SAMPLED = 16
 
 
 @dataclass(frozen=True)
@@ -52,21 +54,16 @@ class Weight:
     def decode(self, tensors: Tensors, unit: int = 1) -> Iterator[tuple[tuple, torch.Tensor]]:
         """Float32 values of the rows in `tensors` (the inputs by name, or whole strips of them), a chunk at a time.
 
-        Yields where in the decoded tensor the chunk belongs, and its values. A chunk is rows of one matrix: a multiple
-        of `unit` rows, but for the last.
+        Yields where in the decoded tensor the chunk belongs, and its values, which are good until the next chunk is
+        asked for and may be changed. A chunk is rows of one matrix: a multiple of `unit` rows, but for the last.
         """
         if self.kind == "plain":
             values = tensors[self.name]
             for index in _chunks(tuple(values.shape), unit):
-                yield index, values[index].float()
+                part = values[index]
+                yield index, scratch("values", tuple(part.shape), torch.float32).copy_(part)
         elif self.kind == "fp8":
-            values, scales = (tensors[name] for name in self.inputs)
-            _check_codes(self.name, values)
-            block = self.block_size[0]
-            unit = math.lcm(unit, block) if self.parts == 1 else values.shape[-2]
-            for index in _chunks(tuple(values.shape), unit):
-                grid = grid_index(index, block) if self.parts == 1 else index[:-1]
-                yield index, dequantize_block_fp8(values[index], scales[grid], self.block_size, self.parts)
+            yield from self._decode_fp8(*(tensors[name] for name in self.inputs), unit)
         else:
             packed, scales, shape = (tensors[name] for name in self.inputs)
             if tuple(shape.flatten().tolist()) != self.shape:
@@ -74,6 +71,22 @@ class Weight:
             for index in _chunks(self.shape, unit):
                 part = (index[0].stop - index[0].start, self.shape[1])
                 yield index, dequantize_packed_int4(packed[index], scales[index], part, self.group_size)
+
+    def _decode_fp8(self, codes: torch.Tensor, scales: torch.Tensor, unit: int) -> Iterator[tuple[tuple, torch.Tensor]]:
+        _check_codes(self.name, codes)
+        rows, columns = self.block_size
+        if self.parts > 1 or unit % rows and unit != 1:
+            whole = codes.shape[-2] if self.parts > 1 else math.lcm(unit, rows)
+            for index in _chunks(tuple(codes.shape), whole):
+                grid = grid_index(index, rows) if self.parts == 1 else index[:-1]
+                yield index, dequantize_block_fp8(codes[index], scales[grid], self.block_size, self.parts)
+            return
+        for index in _chunks(tuple(codes.shape), max(unit, rows), most=max(unit, rows)):
+            grid = scales[grid_index(index, rows)]
+            if len(grid) == 1:
+                yield index, decode_block_rows(codes[index], grid[0], columns)
+            else:
+                yield index, dequantize_block_fp8(codes[index], grid, self.block_size)
 
     @property
     def strip(self) -> dict[str, int] | None:
@@ -87,13 +100,13 @@ class Weight:
         return {self.name: self.block_size[0], self.inputs[1]: 1}
 
 
-def _chunks(shape: tuple[int, ...], unit: int) -> Iterator[tuple]:
-    """Indices of runs of rows, of whole units and about `_CHUNK` elements, in every matrix of a tensor."""
+def _chunks(shape: tuple[int, ...], unit: int, most: int | None = None) -> Iterator[tuple]:
+    """Indices of runs of rows in every matrix of a tensor: whole units, about `_CHUNK` elements or `most` rows."""
     if not shape:
         yield (...,)
         return
     *leading, rows, width = shape if len(shape) > 1 else (*shape, 1)
-    count = max(_CHUNK // max(width * unit, 1), 1) * unit
+    count = most or max(_CHUNK // max(width * unit, 1), 1) * unit
     for lead in itertools.product(*map(range, leading)):
         for begin in range(0, rows, count):
             yield (*lead, slice(begin, min(begin + count, rows)))
@@ -127,7 +140,7 @@ class Decode:
 
 @dataclass(frozen=True)
 class EncodeFp8:
-    """Step: a weight as block FP8, values and scales. Adds up what rounding did."""
+    """Step: a weight as block FP8, values and scales. Adds up what rounding does to a sample of the blocks."""
 
     weight: Weight
     block_size: tuple[int, int]
@@ -137,15 +150,20 @@ class EncodeFp8:
         name, shape, block = self.weight.name, _rows_of(self.weight, tensors), self.block_size[0]
         codes = torch.empty(shape, dtype=FP8)
         scales = torch.empty(block_grid(shape, self.block_size), dtype=torch.float32)
-        counts = {"squared_error": 0.0, "squared_weights": 0.0}
-        for index, values in self.weight.decode(tensors, block):
-            grid = grid_index(index, block)
-            codes[index], scales[grid] = quantize_block_fp8(values, self.block_size, self.ue8m0)
-            if not (scales[grid].isfinite().all()):
+        counts = {"sampled_squared_error": 0.0, "sampled_squared_weights": 0.0}
+        for turn, (index, values) in enumerate(self.weight.decode(tensors, block)):
+            # Rounding is measured in the first of every few rows of blocks: enough for a mean.
+            original = values.clone() if turn % _SAMPLED == 0 else None
+            found = scales[grid_index(index, block)]
+            for begin in range(0, len(found)):
+                rows = slice(begin * block, (begin + 1) * block)
+                found[begin] = encode_block_rows(values[rows], codes[index][rows], self.block_size[1], self.ue8m0)
+            if not found.isfinite().all():
                 raise CheckpointError(f"tensor {name} holds values that are not finite: it cannot be quantised.")
-            error = dequantize_block_fp8(codes[index], scales[grid], self.block_size).sub_(values).flatten()
-            counts["squared_error"] += error.dot(error).item()
-            counts["squared_weights"] += values.flatten().dot(values.flatten()).item()
+            if original is not None:
+                error = dequantize_block_fp8(codes[index], found, self.block_size).sub_(original).flatten()
+                counts["sampled_squared_error"] += error.dot(error).item()
+                counts["sampled_squared_weights"] += original.flatten().dot(original.flatten()).item()
         return {name: codes, f"{name}_scale_inv": scales}, counts
 
 

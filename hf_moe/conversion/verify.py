@@ -18,6 +18,7 @@ import torch
 from ..models.op_quant import FP8, block_grid
 from ..models.weights_lazy import read_quantization_config
 from ..models.weights_safetensors import INDEX_NAME, SINGLE_NAME, CheckpointError
+from .inference import by_tensor, inference_files, plan_from_inference, read_inference_source, to_upstream_name
 from .source import MANIFEST_NAME, PICKLES, LocalStore, SourceTensor, read_header, read_json
 from .structure import Structure, fused_parameter, read_structure, wrapper_prefix
 
@@ -83,6 +84,16 @@ def verify_folder(folder: str | os.PathLike, *, values: bool = True, checksums: 
         report.problems.append(f"{folder}: there is no such folder.")
         return report
     store = LocalStore(folder)
+    try:
+        by_rank = bool(inference_files(store))
+    except CheckpointError as error:
+        report.problems.append(str(error))
+        return report
+    if by_rank:
+        _verify_ranks(store, report, values)
+        if checksums:
+            _check_manifest(folder, report)
+        return report
     config = _read_config(store, report)
     entries = _read_files(store, report)
     report.tensors = len(entries)
@@ -94,6 +105,37 @@ def verify_folder(folder: str | os.PathLike, *, values: bool = True, checksums: 
     if checksums:
         _check_manifest(folder, report)
     return report
+
+
+def _verify_ranks(store: LocalStore, report: Report, values: bool) -> None:
+    """The inference layout: what its files make together is looked at as a checkpoint in upstream names."""
+    try:
+        source = read_inference_source(store)
+        plan = plan_from_inference(source)
+    except CheckpointError as error:
+        report.problems.append(str(error))
+        return
+    report.tensors, report.bytes = len(source.entries), sum(entry.nbytes for entry in source.entries.values())
+    joined = {}
+    for group in plan.groups:
+        output, held = group.outputs[0], source.entries[group.inputs[0]]
+        joined[output.name] = replace(held, name=output.name, dtype=output.dtype, shape=output.shape)
+    report.notes.append(f"DeepSeek's inference layout, {len(source.files)} ranks")
+    _check_structure(source.config, joined, report)
+    if not values:
+        return
+    report.add("values", [problem for entry in source.entries.values() for problem in bad_values(entry)])
+    for name, held in by_tensor(source).items():
+        first = held[0] if 0 in held else None
+        place = to_upstream_name(name)
+        if first is None or place is None or place.dim is not None or place.expert is not None:
+            continue
+        for entry in list(held.values())[1:]:
+            pairs = zip(pieces(first), pieces(entry))
+            if not all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs):
+                report.problems.append(
+                    _of(entry, f"differs from that of {first.filename}; all ranks hold the same one.")
+                )
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

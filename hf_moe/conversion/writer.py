@@ -19,8 +19,8 @@ from .plan import Copy, Group, Output, Part, Plan
 from .source import Source, SourceTensor
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PIECE_BYTES = 32 << 20  # read and written at once: large enough to be quick, small enough for many workers
-HASH_BYTES = 4 << 20
+PIECE_BYTES = 8 << 20  # read and written at once
+HASH_BYTES = 1 << 20
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

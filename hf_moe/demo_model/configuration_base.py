@@ -6,6 +6,7 @@ spelling, so `UpstreamConfig` remembers the spelling that it was given and write
 """
 
 import copy
+import importlib.util
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -27,6 +28,18 @@ def check_loss_weight(value: Any) -> None:
     """Raises `ValueError` unless `mtp_loss_weight` is a finite number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise ValueError(f"`mtp_loss_weight={value!r}` must be a number of at least 0; 0 switches the MTP loss off.")
+
+
+def expert_parallel_plan(experts: str, router: str | None) -> dict[str, str]:
+    """Plan that shards stacked experts by expert, in the styles that the installed Transformers has.
+
+    Releases without a dispatch of tokens cut the router's choices down to those of a rank. A router whose choices
+    cannot be cut by number, `None`, has no plan there.
+    """
+    plan = {f"{experts}.gate_up_proj": "grouped_gemm", f"{experts}.down_proj": "grouped_gemm"}
+    if importlib.util.find_spec("transformers.distributed.expert_parallel") is not None:
+        return {**plan, experts: "ep_dispatch_experts"}
+    return {} if router is None else {router: "ep_router", **plan, experts: "moe_tp_experts"}
 
 
 class UpstreamConfig(PreTrainedConfig):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .configuration_base import MLA_MODES, UpstreamConfig, check_loss_weight, choose
+from .configuration_base import MLA_MODES, UpstreamConfig, check_loss_weight, choose, expert_parallel_plan
 
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 SCORING_FUNCS = ("softmax", "sigmoid")
@@ -51,11 +51,7 @@ class DeepseekV3Config(UpstreamConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
-    base_model_ep_plan = {
-        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
-        "layers.*.mlp.experts.down_proj": "grouped_gemm",
-        "layers.*.mlp.experts": "ep_dispatch_experts",
-    }
+    base_model_ep_plan = expert_parallel_plan("layers.*.mlp.experts", "layers.*.mlp.gate")
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),

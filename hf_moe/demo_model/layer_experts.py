@@ -9,23 +9,25 @@ from transformers.integrations import use_experts_implementation
 from .layer_dense import GatedMLP
 from .layer_fp8 import Fp8Module
 from .layer_router import TopkRouter
+from .op_experts import ExpertLora
 from .op_fp8 import fp8_linear
-from .op_moe import BACKEND_NAME  # noqa: F401  importing registers the backend with Transformers' experts interface
+from .op_moe import BACKEND_NAME, LoraBackends  # noqa: F401  importing registers the backend with Transformers
 
 
-@use_experts_implementation
+@use_experts_implementation(experts_interface=LoraBackends())
 class Experts(Fp8Module):
     """E gated experts in two stacked parameters: `gate_up_proj` (E, 2I, H), gate rows first, and `down_proj` (E, H, I).
 
     `forward(hidden_states, topk_indices, topk_weights)` takes (T, H), (T, K) and (T, K) and returns (T, H). The
     decorator sends the call to the backend that the configuration names (`set_experts_implementation`); the method
-    below is the definition, `"eager"`.
+    below is the definition, `"eager"`. `lora`, a keyword argument, holds low-rank factors that go along.
 
     Both parameters may be block FP8, with scales `gate_up_proj_scale_inv` (E, 2 ceil(I / rows), ceil(H / cols)), those
     of the gate first, and `down_proj_scale_inv` (E, ceil(H / rows), ceil(I / cols)).
     """
 
     fp8_parts = {"gate_up_proj": 2, "down_proj": 1}
+    lora_class = ExpertLora  # what `forward` takes as `lora`; a bundle's modules name their own copy
 
     def __init__(self, config):
         super().__init__()
@@ -38,15 +40,31 @@ class Experts(Fp8Module):
         self.register_scales()
 
     def forward(
-        self, hidden_states: torch.Tensor, topk_indices: torch.Tensor, topk_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        topk_indices: torch.Tensor,
+        topk_weights: torch.Tensor,
+        lora: ExpertLora | None = None,
     ) -> torch.Tensor:
+        return self.define(hidden_states, topk_indices, topk_weights, lora)
+
+    def define(self, hidden_states, topk_indices, topk_weights, lora: ExpertLora | None = None) -> torch.Tensor:
+        """`forward` in plain steps, whatever the backend."""
+        lora = lora or ExpertLora()
         output = torch.zeros_like(hidden_states)
+        for factor in lora.factors:
+            if factor is not None:  # takes part in the backward pass also where no expert has rows
+                output = output + factor[:0].sum().to(output.dtype)
         for expert in topk_indices.unique().tolist():
             if expert >= self.num_experts:  # under expert parallelism: an expert of another rank
                 continue
             token, choice = torch.where(topk_indices == expert)
-            gate, up = self._multiply(hidden_states[token], "gate_up_proj", expert).chunk(2, dim=-1)
-            expert_output = self._multiply(self.act_fn(gate) * up, "down_proj", expert)
+            rows = hidden_states[token]
+            pre = lora.add(self._multiply(rows, "gate_up_proj", expert), rows, "gate_up", expert, token)
+            gate, up = pre.chunk(2, dim=-1)
+            inner = self.act_fn(gate) * up
+            slots = token * topk_indices.shape[1] + choice
+            expert_output = lora.add(self._multiply(inner, "down_proj", expert), inner, "down", expert, slots)
             weighted = expert_output * topk_weights[token, choice].unsqueeze(-1)
             output = output.index_add(0, token, weighted.to(output.dtype))
         return output

@@ -118,6 +118,10 @@ class LatentAttention(nn.Module):
     the queries and the normed latent, as it is cached, by the square root of hidden_size over the rank.
     """
 
+    # Set by training to see what attention multiplies, in the expanded order: called with the layer, queries
+    # (B, g, S, n + p), keys (B, g, T, n + p), the mask, the number of the first of g heads, and the keyword arguments.
+    observe_logits: Callable | None = None
+
     def __init__(self, config, layer_idx: int):
         super().__init__()
         self.config = config
@@ -206,7 +210,7 @@ class LatentAttention(nn.Module):
         parts, width = [], self.qk_nope_head_dim + self.v_head_dim
         for start, queries in zip(range(0, query.shape[1], size), query.split(size, dim=1)):
             expanded = self.kv_b_proj.outputs(latent.squeeze(1), start * width, (start + queries.shape[1]) * width)
-            parts.append(self._attend_heads(queries, expanded, key_rope, attention_mask, **kwargs))
+            parts.append(self._attend_heads(queries, expanded, key_rope, attention_mask, start, **kwargs))
         outputs, weights = zip(*parts)
         return torch.cat(outputs, dim=2), None if weights[0] is None else torch.cat(weights, dim=1)
 
@@ -226,11 +230,13 @@ class LatentAttention(nn.Module):
             size = max(1, size // step) * step
         return size
 
-    def _attend_heads(self, query, expanded, key_rope, attention_mask, **kwargs):
+    def _attend_heads(self, query, expanded, key_rope, attention_mask, first_head: int = 0, **kwargs):
         """(B, g, S, n + p) queries of g heads and their (B, T, g (n + v)) keys and values to (B, S, g, v)."""
         expanded = expanded.unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim)).transpose(1, 2)
         key_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)  # (B, g, T, .)
         key = torch.cat((key_nope, key_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
+        if self.observe_logits is not None:
+            self.observe_logits(self, query, key, attention_mask, first_head, kwargs)
 
         implementation = self.config._attn_implementation
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)

@@ -191,8 +191,21 @@ class MoePreTrainedModel(PreTrainedModel):
         else:
             skipped, candidates = None, tensors
         tensors = {**tensors, **_store_fp8(self, candidates, request, options["key_mapping"], skipped)}
+        self._fit_plans_to_fp8()
         self.get_correct_experts_implementation(self.config._experts_implementation)
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def _fit_plans_to_fp8(self) -> None:
+        """Scales are sharded with the experts that they belong to; FP8 modules are not cut by tensor parallelism."""
+        stems = {_numbered(name) for name, module in self.named_modules() if getattr(module, "fp8", None) is not None}
+        for name, style in dict(self._ep_plan or {}).items():
+            if style == "grouped_gemm" and name.rpartition(".")[0] in stems:
+                self._ep_plan[name + SCALE_SUFFIX] = style
+        self._tp_plan = {
+            name: style
+            for name, style in (self._tp_plan or {}).items()
+            if name not in stems and name.rpartition(".")[0] not in stems
+        }
 
     def freeze_fp8(self) -> None:
         """Takes the gradient from FP8 weights and their scales."""
@@ -310,8 +323,8 @@ class MoePreTrainedModel(PreTrainedModel):
         arguments = {"is_main_process": is_main_process, "state_dict": state_dict, **kwargs}
         if getattr(self, "_hf_peft_config_loaded", False) or kwargs.get("distributed_checkpoint"):
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **arguments)
-        if state_dict is None and kwargs.get("save_original_format", True):
-            arguments["state_dict"] = self._state_dict_with_duplicates()
+        if kwargs.get("save_original_format", True):
+            arguments["state_dict"] = self._with_duplicates(self.state_dict() if state_dict is None else state_dict)
         quantizer = getattr(self, "hf_quantizer", None)
         if isinstance(quantizer, BlockFp8Quantizer):
             quantizer.state_dict_to_save = arguments["state_dict"]
@@ -330,14 +343,17 @@ class MoePreTrainedModel(PreTrainedModel):
             super().save_pretrained(staging, **arguments)
             _replace_files(Path(staging), Path(save_directory), arguments.get("variant"))
 
-    def _state_dict_with_duplicates(self) -> dict[str, torch.Tensor]:
-        state_dict = self.state_dict()
+    def _with_duplicates(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The same and the copies that upstream files hold of some; none of what a caller's own has left out."""
+        output = dict(state_dict)
         for duplicate, original in self.mtp_duplicates().items():
-            tensor = state_dict[original]
+            if original not in output or duplicate in output:
+                continue
+            tensor = output[original]
             if tensor.device.type == "meta":  # offloaded
                 tensor = load_offloaded_parameter(self, original)
-            state_dict[duplicate] = tensor.detach().clone()  # safetensors refuses tensors that share memory
-        return state_dict
+            output[duplicate] = tensor.detach().clone()  # safetensors refuses tensors that share memory
+        return output
 
 
 def _read_config(cls, path, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
@@ -361,8 +377,16 @@ def _refuse_for_fp8(arguments: dict[str, Any]) -> None:
     Raises:
         ValueError: with what to do instead.
     """
-    if arguments.get("tp_plan") is not None or arguments.get("distributed_config") is not None:
-        raise ValueError("FP8 weights cannot be sharded by tensor or expert parallelism: pass `dequantize=True`.")
+    distributed = arguments.get("distributed_config")
+    by_expert = (getattr(distributed, "ep_size", None) or 1) > 1 or getattr(
+        distributed, "enable_expert_parallel", False
+    )
+    sharded = any((getattr(distributed, name, None) or 1) > 1 for name in ("fsdp_size", "dp_replicate_size", "pp_size"))
+    if arguments.get("tp_plan") is not None or (distributed is not None and (sharded or not by_expert)):
+        raise ValueError(
+            "FP8 weights can be sharded by expert alone: `DistributedConfig(tp_size=N, ep_size=N)` leaves all others "
+            "whole on every device. Pass `dequantize=True` for any other sharding."
+        )
     if any(tensor.dtype == torch.float8_e4m3fn for tensor in (arguments.get("state_dict") or {}).values()):
         raise ValueError(
             "`state_dict` holds FP8 weights, which are read from files only: load the checkpoint from its folder, and "
@@ -402,6 +426,11 @@ def _split_quantization(
     if method == "fp8":
         return config, BlockFp8Config(upstream_fp8_config(requested), on_load=True)
     return config, None
+
+
+def _numbered(name: str) -> str:
+    """A module's name as the rules of parallel plans have it."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _on_load(name: str, tensor: Any, request: BlockFp8Config) -> Any:

@@ -5,6 +5,7 @@ counts at a depth only if the state, the tokens that are joined with it and the 
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,9 @@ class CausalLMMixin:
 
     output_class = MTPCausalLMOutputWithPast
     deferred_output_class = DeferredCausalLMOutput
+    # What training adds to the loss, such as balance losses: called with (batch, seq) bool, the positions that have a
+    # target, and `num_items_in_batch`; returns a scalar, or `None` for nothing. Set on the instance.
+    auxiliary_loss: Callable[[torch.Tensor, torch.Tensor | int | None], torch.Tensor | None] | None = None
 
     def extra_outputs(self, outputs) -> dict[str, Any]:
         """What of the decoder's outputs a family passes on besides the usual."""
@@ -140,6 +144,8 @@ class CausalLMMixin:
                 mtp = []
             main_loss, mtp_loss = losses(hidden_states, logits, mtp, labels, inputs, loss_arguments)
             result |= self._sum_losses(main_loss, mtp_loss)
+            if self.training and self.auxiliary_loss is not None:
+                result |= self._add_auxiliary_loss(result["loss"], hidden_states, labels, inputs, loss_arguments)
         output_class = self.deferred_output_class if defer else self.output_class
         return output_class(
             logits=None if skip_logits else logits,
@@ -173,6 +179,13 @@ class CausalLMMixin:
             if self.training:
                 result["loss"] = main_loss + self.config.mtp_loss_weight * (sum(mtp_loss) / len(mtp_loss))
         return result
+
+    def _add_auxiliary_loss(self, loss, hidden_states, labels, inputs, loss_arguments) -> dict[str, Any]:
+        following = next_tokens(hidden_states, labels, **loss_arguments)
+        joints = find_joints(hidden_states, **inputs)
+        has_target = main_targets(following, joints, inputs.get("attention_mask")) != IGNORE_INDEX
+        added = self.auxiliary_loss(has_target, loss_arguments.get("num_items_in_batch"))
+        return {} if added is None else {"loss": loss + added.to(loss.device), "aux_loss": added}
 
     def _losses(self, hidden_states, logits, mtp, labels, inputs, loss_arguments):
         """Losses of the main head and of every depth, from states."""

@@ -60,7 +60,19 @@ class ExpertLora:
 
     @property
     def kept_factor(self) -> float:
-        return 1.0 / (1.0 - self.dropout)
+        return 1.0 / (1.0 - self.dropout) if self.dropout < 1.0 else 0.0
+
+    def add(self, product: torch.Tensor, rows: torch.Tensor, name: str, expert: int, at: torch.Tensor) -> torch.Tensor:
+        """`product`, of one expert's `rows` with its weight, and the low-rank part; `name` is `"gate_up"` or `"down"`,
+        `at` the places of the rows among tokens or slots."""
+        a, b = getattr(self, f"{name}_a"), getattr(self, f"{name}_b")
+        if a is None:
+            return product
+        kept = self.kept_hidden if name == "gate_up" else self.kept_inner
+        if kept is not None:
+            rows = rows * kept[at] * self.kept_factor
+        low = F.linear(F.linear(rows.to(a.dtype), a[expert]), b[expert])
+        return product + (getattr(self, f"{name}_scaling") * low).to(product.dtype)
 
 
 def draw_dropout(
@@ -167,9 +179,16 @@ def _drop_sorted(inner: torch.Tensor, lora: ExpertLora, order: torch.Tensor) -> 
     return torch.where(lora.kept_inner[order], inner * lora.kept_factor, 0)
 
 
+def _in_dtype(factors, dtype: torch.dtype) -> list[torch.Tensor | None]:
+    """Factors as kernels take them. Those of a wider dtype (adapters in float32 on a bfloat16 model) are multiplied in
+    the dtype of the tokens, and their gradients written in their own."""
+    return [factor if factor is None else factor.to(dtype) for factor in factors]
+
+
 def _forward(hidden, topk_weights, gate_up_proj, down_proj, factors, plan: _Plan, save: bool):
     """Output (T, H), and what a backward pass needs if `save`."""
     lora, dtype = plan.lora, hidden.dtype
+    factors = _in_dtype(factors, dtype)
     (tokens, top_k), num_experts = plan.topk_indices.shape, gate_up_proj.shape[0]
     layout = build_layout(plan.topk_indices, num_experts, tile_rows(tokens * top_k, num_experts, dtype))
     gate_up_a, gate_up_b, down_a, down_b = factors
@@ -227,8 +246,9 @@ class _Experts(torch.autograd.Function):
 def _backward(ctx, grad_output: torch.Tensor) -> tuple:
     """Gradients in the order of the arguments of `_Experts.forward`."""
     hidden, topk_weights, gate_up_proj, down_proj, pre, low, low_inner, *rest = ctx.saved_tensors
-    layout, (gate_up_a, gate_up_b, down_a, down_b) = Layout(*rest[:4], ctx.block_m), rest[4:]
     plan, lora, dtype = ctx.plan, ctx.plan.lora, hidden.dtype
+    layout, (gate_up_a, gate_up_b, down_a, down_b) = Layout(*rest[:4], ctx.block_m), _in_dtype(rest[4:], dtype)
+    wide = [factor if factor is None else factor.dtype for factor in rest[4:]]  # of the gradients
     needs_hidden, _, needs_gate_up, needs_down, _, *needs_factors = ctx.needs_input_grad
     ids, num_experts, top_k = plan.topk_indices, gate_up_proj.shape[0], plan.topk_indices.shape[1]
     low_grad = low_pre = None
@@ -256,10 +276,10 @@ def _backward(ctx, grad_output: torch.Tensor) -> tuple:
         grads["down"] = sum_outer(grad_output, inner, layout, top_k, gather_left=True, out_dtype=down_proj.dtype)
     if needs_factors[2]:
         dropped = _drop_sorted(inner, lora, layout.order)
-        grads["down_a"] = sum_outer(low_grad, dropped, layout, top_k, out_dtype=down_a.dtype)
+        grads["down_a"] = sum_outer(low_grad, dropped, layout, top_k, out_dtype=wide[2])
         del dropped
     if needs_factors[3]:
-        options = {"gather_left": True, "factors": topk_weights, "out_dtype": down_b.dtype}
+        options = {"gather_left": True, "factors": topk_weights, "out_dtype": wide[3]}
         grads["down_b"] = sum_outer(grad_output, low_inner, layout, top_k, **options)
     del inner
 
@@ -270,10 +290,10 @@ def _backward(ctx, grad_output: torch.Tensor) -> tuple:
         grads["gate_up"] = sum_outer(grad_pre, hidden, layout, top_k, gather_right=True, out_dtype=gate_up_proj.dtype)
     if needs_factors[0]:
         dropped = hidden if lora.kept_hidden is None else hidden * lora.kept_hidden * lora.kept_factor
-        grads["gate_up_a"] = sum_outer(low_pre, dropped, layout, top_k, gather_right=True, out_dtype=gate_up_a.dtype)
+        grads["gate_up_a"] = sum_outer(low_pre, dropped, layout, top_k, gather_right=True, out_dtype=wide[0])
         del dropped
     if needs_factors[1]:
-        grads["gate_up_b"] = sum_outer(grad_pre, low, layout, top_k, out_dtype=gate_up_b.dtype)
+        grads["gate_up_b"] = sum_outer(grad_pre, low, layout, top_k, out_dtype=wide[1])
     if needs_hidden:
         grads["hidden"] = _grad_hidden(grad_pre, low_pre, gate_up_proj, gate_up_a, plan, layout, hidden)
     factors = (grads[name] for name in ("gate_up_a", "gate_up_b", "down_a", "down_b"))
@@ -393,7 +413,7 @@ def experts(
         )
         return experts_cpu_training(hidden_states, topk_indices, topk_weights, weights, lora, with_grad)
     inputs = [tensor.contiguous() for tensor in (hidden_states, topk_weights, gate_up_proj, down_proj)]
-    factors = [factor if factor is None else factor.to(hidden_states.dtype).contiguous() for factor in lora.factors]
+    factors = [factor if factor is None else factor.contiguous() for factor in lora.factors]
     with_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (*inputs, *factors)
     )
@@ -415,6 +435,11 @@ def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
 # --- as a backend of Transformers' experts interface ------------------------------------------------------------------
 
 
+def is_silu(act_fn) -> bool:
+    """Whether an activation is the one that `experts` computes."""
+    return isinstance(act_fn, torch.nn.SiLU | SiLUActivation)
+
+
 def why_not_kernels(module: torch.nn.Module, device: torch.device) -> str | None:
     """What keeps the kernels from computing an experts module on `device`; `None` if nothing does.
 
@@ -428,7 +453,7 @@ def why_not_kernels(module: torch.nn.Module, device: torch.device) -> str | None
         return "experts with a norm of their own are not supported"
     if type(module)._apply_gate.__name__ != "_default_apply_gate":
         return f"{type(module).__name__} combines gate and up in a way of its own"
-    if not isinstance(module.act_fn, torch.nn.SiLU | SiLUActivation):
+    if not is_silu(module.act_fn):
         return f"the activation must be silu, not {module.act_fn}"
     fp8 = getattr(module, "fp8", None)
     if fp8 is not None and tuple(fp8.block_size) != (SCALE_BLOCK, SCALE_BLOCK):
@@ -441,7 +466,11 @@ def why_not_kernels(module: torch.nn.Module, device: torch.device) -> str | None
 
 
 def experts_on_kernels(
-    module: torch.nn.Module, hidden_states: torch.Tensor, topk_indices: torch.Tensor, topk_weights: torch.Tensor
+    module: torch.nn.Module,
+    hidden_states: torch.Tensor,
+    topk_indices: torch.Tensor,
+    topk_weights: torch.Tensor,
+    lora: ExpertLora | None = None,
 ) -> torch.Tensor:
     """`experts` with the weights of an experts module for which `why_not_kernels` says nothing."""
     device, dtype = hidden_states.device.type, module.down_proj.dtype
@@ -454,21 +483,26 @@ def experts_on_kernels(
     scales = (getattr(module, f"{name}_scale_inv", None) for name in ("gate_up_proj", "down_proj"))
     inputs = (hidden_states, topk_indices, topk_weights, module.gate_up_proj, module.down_proj, *scales)
     options = {"quantize": quantize, "ue8m0": fp8 is not None and fp8.ue8m0}
-    if not torch.compiler.is_compiling():
-        return experts(*inputs, **options, impl="triton")
+    if lora is not None or not torch.compiler.is_compiling():
+        run = _experts_uncompiled if torch.compiler.is_compiling() else experts
+        return run(*inputs, lora=lora, **options, impl="triton")
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         return _experts_uncompiled(*inputs, **options, impl="triton")
     return _experts_op(*inputs, **options)
 
 
 def triton_experts_forward(
-    module: torch.nn.Module, hidden_states: torch.Tensor, topk_indices: torch.Tensor, topk_weights: torch.Tensor
+    module: torch.nn.Module,
+    hidden_states: torch.Tensor,
+    topk_indices: torch.Tensor,
+    topk_weights: torch.Tensor,
+    lora: ExpertLora | None = None,
 ) -> torch.Tensor:
     """The `"hf_moe_triton"` backend: the kernels, or an error that says what keeps them from it."""
     reason = why_not_kernels(module, hidden_states.device)
     if reason is not None:
         raise ValueError(f"the experts backend {TRITON_BACKEND_NAME!r} cannot be used: {reason}")
-    return experts_on_kernels(module, hidden_states, topk_indices, topk_weights)
+    return experts_on_kernels(module, hidden_states, topk_indices, topk_weights, lora)
 
 
 # Opaque to torch.compile. Training under it breaks the graph here.

@@ -5,6 +5,7 @@ In memory: `mlp.experts.gate_up_proj` (E, 2I, H), gate rows first, and `mlp.expe
 Scales of block FP8 weights, `<weight>_scale_inv` upstream, are stacked in the same way under `<parameter>_scale_inv`.
 """
 
+import importlib.util
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter, WeightTransform
 
 from .weights_lazy import DeferredTensor
 
@@ -29,9 +30,12 @@ _EXPERT_PART = re.compile(r"mlp\.experts\.(\d+)\.(?:gate|up|down)_proj\.weight(?
 # All experts of a layer in one tensor, as in Step3.
 _EXPERT_STACK = re.compile(r"\.moe\.(?:gate|up|down)_proj\.weight(?:_scale_inv)?$")
 _READERS = min(4, os.cpu_count() or 1)
+# By its class, releases without a dispatch of tokens know that a tensor is that of one expert, to be sharded as such.
+_DISPATCHES = importlib.util.find_spec("transformers.distributed.expert_parallel") is not None
+_MergesExperts = ConversionOps if _DISPATCHES else MergeModulelist
 
 
-class StackExperts(ConversionOps):
+class StackExperts(_MergesExperts):
     """Per-expert matrices to one fused parameter, filled expert by expert so that each source is freed at once."""
 
     @torch.no_grad()
@@ -81,24 +85,30 @@ class UnstackExperts(ConversionOps):
 
 
 def expert_converters() -> list[WeightConverter]:
-    """The converters of weights and scales, as Transformers' loader takes them."""
-    return with_scale_converters(
+    """The converters of the experts' weights, as Transformers' loader takes them."""
+    return [
         WeightConverter([part.replace("{e}", "*") for part in parts], target, operations=[StackExperts()])
         for target, parts in FUSED_EXPERTS.items()
-    )
+    ]
 
 
-def with_scale_converters(converters: Iterable[WeightConverter]) -> list[WeightConverter]:
-    """The same converters and, for each, one that treats the scales of FP8 weights alike.
+def with_scale_converters(conversions: Iterable[WeightTransform]) -> list[WeightTransform]:
+    """The same conversions and, for each that stacks weights, one that treats the scales of FP8 weights alike.
 
-    For converters whose every source ends in `weight`. Those of scales come first: older Transformers take a pattern
-    for a match where it is only the beginning of a name.
+    Those of scales come first: older Transformers take a pattern for a match where it is only the beginning of a name.
     """
     output = []
-    for converter in converters:
-        sources = [pattern + SCALE_SUFFIX for pattern in converter.source_patterns]
-        targets = [pattern + SCALE_SUFFIX for pattern in converter.target_patterns]
-        output += [WeightConverter(sources, targets, operations=list(converter.operations)), converter]
+    for conversion in conversions:
+        if isinstance(conversion, WeightConverter):
+            sources = [pattern + SCALE_SUFFIX for pattern in conversion.source_patterns]
+            targets = [pattern + SCALE_SUFFIX for pattern in conversion.target_patterns]
+            scales = WeightConverter(sources, targets, operations=list(conversion.operations))
+            # Of a model inside of a larger one, whose rules are for its own part of the names.
+            for limit in ("scope_prefix", "base_model_prefix"):
+                if hasattr(conversion, limit):
+                    setattr(scales, limit, getattr(conversion, limit))
+            output.append(scales)
+        output.append(conversion)
     return output
 
 

@@ -11,6 +11,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .weights_experts import with_scale_converters
+
 # With the name of the module: every bundle of remote code brings its own copy, which serves its own models.
 METHOD = f"block_fp8.{__name__}"
 
@@ -84,8 +86,8 @@ class BlockFp8Quantizer(HfQuantizer):
         return model
 
     def update_weight_conversions(self, weight_conversions, *args):
-        """As they are: our converters treat scales themselves, and decoding is done by the tensors."""
-        return weight_conversions
+        """Scales are stacked as their weights are; decoding is done by the tensors."""
+        return with_scale_converters(weight_conversions)
 
     def remove_quantization_config(self, model):
         """Leaves a model without FP8 weights as if it never had any."""

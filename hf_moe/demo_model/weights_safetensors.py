@@ -17,7 +17,7 @@ import torch
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -145,7 +145,7 @@ class SafetensorsFile:
             damaged = True
         if damaged:
             raise CheckpointError(f"{self.path}: the safetensors header is damaged at tensor {name}.")
-        dtype = _DTYPES.get(dtype_name)
+        dtype = DTYPES.get(dtype_name)
         if dtype is None:
             raise CheckpointError(f"{self.path}: tensor {name} has the unknown dtype {dtype_name}.")
         count = 1

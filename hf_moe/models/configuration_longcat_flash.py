@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .configuration_base import MLA_MODES, UpstreamConfig, check_loss_weight, choose
+from .configuration_base import MLA_MODES, UpstreamConfig, check_loss_weight, choose, expert_parallel_plan
 
 ZERO_EXPERT_TYPES = ("identity", "drop")
 ATTENTION_METHODS = ("MLA", "LSA", None)
@@ -68,6 +68,7 @@ class LongcatFlashConfig(UpstreamConfig):
         "layers.*.mlps.*.up_proj": "colwise",
         "layers.*.mlps.*.down_proj": "rowwise",
     }
+    base_model_ep_plan = expert_parallel_plan("layers.*.mlp.experts", None)  # zero experts are of no rank
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .configuration_base import UpstreamConfig, choose
+from .configuration_base import UpstreamConfig, choose, expert_parallel_plan
 
 # Keys of a vision configuration that hold for its text part, too.
 _OUTER_KEYS = ("quantization_config", "torch_dtype", "dtype")
@@ -60,11 +60,7 @@ class Step3TextConfig(UpstreamConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
-    base_model_ep_plan = {
-        "layers.*.moe.experts.gate_up_proj": "grouped_gemm",
-        "layers.*.moe.experts.down_proj": "grouped_gemm",
-        "layers.*.moe.experts": "ep_dispatch_experts",
-    }
+    base_model_ep_plan = expert_parallel_plan("layers.*.moe.experts", "layers.*.moe.gate")
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),

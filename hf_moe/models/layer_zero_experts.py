@@ -55,9 +55,7 @@ class ZeroExpertMoE(nn.Module):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
         is_zero = topk_indices >= self.num_real_experts  # (T, K)
         # Their weights, too: older Transformers take the last expert for an id behind it, at no weight.
-        output = self.experts(
-            tokens, topk_indices.clamp_max(self.num_real_experts), topk_weights.masked_fill(is_zero, 0.0)
-        )
+        output = self.experts(tokens, self._ids_of_experts(topk_indices), topk_weights.masked_fill(is_zero, 0.0))
         if self.has_identity:
             weight = (topk_weights * is_zero).sum(-1, keepdim=True)  # (T, 1)
             output = (output + weight * tokens).to(hidden_states.dtype)  # added in float32, rounded once
@@ -72,6 +70,16 @@ class ZeroExpertMoE(nn.Module):
         """
         _, topk_weights, topk_indices = self.router(hidden_states, None if token_mask is None else token_mask.flatten())
         return topk_weights, topk_indices
+
+    def _ids_of_experts(self, topk_indices: torch.Tensor) -> torch.Tensor:
+        """(T, K) ids for `experts`, which skips those behind its last expert.
+
+        Where ranks hold different experts, every id must be that of one: tokens are sent to it. Those of zero experts
+        then go round, to be multiplied with a weight of zero.
+        """
+        if self.experts.num_experts == self.num_real_experts:
+            return topk_indices.clamp_max(self.num_real_experts)
+        return topk_indices.remainder(self.num_real_experts)
 
     def load(self) -> ExpertLoad:
         """Choices of the last forward pass.

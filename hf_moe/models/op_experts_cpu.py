@@ -55,7 +55,7 @@ def _rows_by_expert(topk_indices: torch.Tensor, num_experts: int) -> Iterator[_R
 
 def _matrix(weight: torch.Tensor, scale: torch.Tensor | None, expert: int, dtype: torch.dtype, parts: int):
     if scale is None:
-        return weight[expert]
+        return weight[expert].to(dtype)  # under autocast, weights may be wider than the tokens
     return dequantize_block_fp8(weight[expert], scale[expert], parts=parts).to(dtype)
 
 
@@ -64,56 +64,75 @@ def _keep(rows: torch.Tensor, kept: torch.Tensor | None, at: torch.Tensor, facto
     return rows if kept is None else rows * kept[at] * factor
 
 
+def _product(rows: torch.Tensor, matrix: torch.Tensor, low: torch.Tensor | None, b: torch.Tensor | None):
+    """`rows @ matrix + low @ b`; the wide product is added to the narrow one, which costs no pass of its own."""
+    return rows @ matrix if low is None else torch.mm(low, b).addmm_(rows, matrix)
+
+
+def _write_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+    """`out[...] = left @ right`, in the dtype of `out` where it is wider."""
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(left @ right)
+
+
 def _forward(hidden, topk_weights, gate_up_proj, down_proj, factors, fixed: _Fixed, save: bool):
-    """Output (T, H); with `save`, gate and up (N, 2I) and the low-rank rows (N, R) of both products, sorted."""
-    gate_up_a, gate_up_b, down_a, down_b = factors
-    num_experts, width, dtype = gate_up_proj.shape[0], gate_up_proj.shape[1], hidden.dtype
+    """Output (T, H); with `save`, the low-rank rows (N, R) of both products, scaled and sorted, and gate and up (n, 2I)
+    of every expert that has rows."""
+    num_experts, dtype = gate_up_proj.shape[0], hidden.dtype
+    gate_up_a, gate_up_b, down_a, down_b = (factor if factor is None else factor.to(dtype) for factor in factors)
     slots = fixed.topk_indices.numel()
-    pre = hidden.new_empty(slots, width) if save else None
     low = hidden.new_empty(slots, gate_up_a.shape[1]) if save and gate_up_a is not None else None
     low_inner = hidden.new_empty(slots, down_a.shape[1]) if save and down_a is not None else None
+    # One tensor an expert: a large one would come as fresh pages from the system in every step.
+    pre = []
     output = hidden.new_zeros(hidden.shape, dtype=torch.promote_types(dtype, torch.float32))
     weights = topk_weights.flatten().to(output.dtype).unsqueeze(1)
     for expert, at, places, tokens in _rows_by_expert(fixed.topk_indices, num_experts):
         x = hidden.index_select(0, tokens)
-        matrix = _matrix(gate_up_proj, fixed.gate_up_scale, expert, dtype, 2)
-        # Written to where it stays, if it stays.
-        both = torch.mm(x, matrix.t(), out=pre[at]) if save else torch.mm(x, matrix.t())
+        small = b = None
         if gate_up_a is not None:
-            rows = _keep(x, fixed.kept_hidden, tokens, fixed.kept_factor) @ gate_up_a[expert].t()
-            both.addmm_(rows, gate_up_b[expert].t(), alpha=fixed.gate_up_scaling)
+            small = _keep(x, fixed.kept_hidden, tokens, fixed.kept_factor) @ gate_up_a[expert].t()
+            small, b = small.mul_(fixed.gate_up_scaling), gate_up_b[expert].t()
             if save:
-                low[at] = rows
-        del x, matrix
+                low[at] = small
+        both = _product(x, _matrix(gate_up_proj, fixed.gate_up_scale, expert, dtype, 2).t(), small, b)
+        if save:
+            pre.append(both)
+        del x
         gate, up = both.chunk(2, dim=-1)
         inner = F.silu(gate).mul_(up)  # (n, I)
-        rows = inner @ _matrix(down_proj, fixed.down_scale, expert, dtype, 1).t()  # (n, H)
+        del both, gate, up
+        small = b = None
         if down_a is not None:
             small = _keep(inner, fixed.kept_inner, places, fixed.kept_factor) @ down_a[expert].t()
-            rows.addmm_(small, down_b[expert].t(), alpha=fixed.down_scaling)
+            small, b = small.mul_(fixed.down_scaling), down_b[expert].t()
             if save:
                 low_inner[at] = small
+        rows = _product(inner, _matrix(down_proj, fixed.down_scale, expert, dtype, 1).t(), small, b)  # (n, H)
         weight = weights.index_select(0, places)
         rows = rows.mul_(weight) if rows.dtype == output.dtype else rows * weight
         output.index_add_(0, tokens, rows)
-    return output.to(dtype), (pre, low, low_inner)
+    return output.to(dtype), (low, low_inner, *pre)
 
 
 class _ExpertsCpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, topk_weights, gate_up_proj, down_proj, fixed, *factors):
         output, saved = _forward(hidden, topk_weights, gate_up_proj, down_proj, factors, fixed, save=True)
-        ctx.save_for_backward(hidden, topk_weights, gate_up_proj, down_proj, *saved, *factors)
+        ctx.save_for_backward(hidden, topk_weights, gate_up_proj, down_proj, *factors, *saved)
         ctx.fixed = fixed
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        inputs = ctx.saved_tensors
+        hidden, topk_weights, gate_up_proj, down_proj, *rest = ctx.saved_tensors
+        factors, (low, low_inner, *pre) = rest[:4], rest[4:]
         needed = (*ctx.needs_input_grad[:4], *ctx.needs_input_grad[5:])
-        tensors = (*inputs[:4], *inputs[7:])
-        # Experts without rows keep their zeros.
+        tensors = (hidden, topk_weights, gate_up_proj, down_proj, *factors)
+        # Experts without rows keep their zeros. Factors of a wider dtype get their gradients in it.
         grads = [
             tensor.new_zeros(tensor.shape, dtype=torch.promote_types(tensor.dtype, torch.float32))
             if index < 2
@@ -122,44 +141,62 @@ class _ExpertsCpu(torch.autograd.Function):
             else None
             for index, (tensor, need) in enumerate(zip(tensors, needed))
         ]
-        for rows in _rows_by_expert(ctx.fixed.topk_indices, inputs[2].shape[0]):
-            _backward_expert(rows, grad_output, inputs, ctx.fixed, grads)
+        cast = (factor if factor is None else factor.to(hidden.dtype) for factor in factors)
+        inputs = _Inputs(hidden, topk_weights, gate_up_proj, down_proj, *cast, low, low_inner)
+        for rows, both in zip(_rows_by_expert(ctx.fixed.topk_indices, gate_up_proj.shape[0]), pre):
+            _backward_expert(rows, both, grad_output, inputs, ctx.fixed, grads)
         grads[:2] = [grad.to(tensor.dtype) for grad, tensor in zip(grads[:2], tensors)]
         return *grads[:4], None, *grads[4:]
 
 
-def _backward_expert(rows: _Rows, grad_output: torch.Tensor, inputs: tuple, fixed: _Fixed, grads: list) -> None:
+class _Inputs(NamedTuple):
+    """Tensors of a call, factors in the dtype of the tokens, and the low-rank rows of its forward pass."""
+
+    hidden: torch.Tensor
+    topk_weights: torch.Tensor
+    gate_up_proj: torch.Tensor
+    down_proj: torch.Tensor
+    gate_up_a: torch.Tensor | None
+    gate_up_b: torch.Tensor | None
+    down_a: torch.Tensor | None
+    down_b: torch.Tensor | None
+    low: torch.Tensor | None
+    low_inner: torch.Tensor | None
+
+
+def _backward_expert(rows: _Rows, pre, grad_output: torch.Tensor, inputs: _Inputs, fixed: _Fixed, grads: list) -> None:
     """Adds one expert's part to `grads`: of tokens, routing weights, both weights and the four factors."""
-    hidden, topk_weights, gate_up_proj, down_proj, pre, low, low_inner, gate_up_a, gate_up_b, down_a, down_b = inputs
     expert, at, slots, tokens = rows
-    dtype = hidden.dtype
-    weight = topk_weights.flatten().index_select(0, slots).unsqueeze(1)  # (n, 1)
-    gate, up = pre[at].chunk(2, dim=-1)
+    dtype, down_a, down_b = inputs.hidden.dtype, inputs.down_a, inputs.down_b
+    weight = inputs.topk_weights.flatten().index_select(0, slots).unsqueeze(1)  # (n, 1)
+    gate, up = pre.chunk(2, dim=-1)
     sums = grad_output.index_select(0, tokens)  # (n, H)
     activated = F.silu(gate)
     inner = activated * up  # (n, I)
-    grad_inner = sums @ _matrix(down_proj, fixed.down_scale, expert, dtype, 1)
-    if down_a is not None:
+    matrix = _matrix(inputs.down_proj, fixed.down_scale, expert, dtype, 1)
+    if down_a is None:
+        grad_inner = sums @ matrix
+    else:
         small = (sums @ down_b[expert]).mul_(fixed.down_scaling)  # (n, R)
         if fixed.kept_inner is None:
-            grad_inner.addmm_(small, down_a[expert])
-            kept = inner
+            grad_inner, kept = _product(sums, matrix, small, down_a[expert]), inner
         else:
             kept = _keep(inner, fixed.kept_inner, slots, fixed.kept_factor)
-            grad_inner += _keep(small @ down_a[expert], fixed.kept_inner, slots, fixed.kept_factor)
+            grad_inner = _keep(small @ down_a[expert], fixed.kept_inner, slots, fixed.kept_factor)
+            grad_inner = grad_inner.addmm_(sums, matrix)
         if grads[6] is not None:
-            torch.mm((small * weight.to(dtype)).t(), kept, out=grads[6][expert])
+            _write_product((small * weight).to(dtype).t(), kept, grads[6][expert])
         if grads[7] is not None:
-            rows_of_b = (low_inner[at] * (weight * fixed.down_scaling)).to(dtype)
-            torch.mm(sums.t(), rows_of_b, out=grads[7][expert])
+            _write_product((inputs.low_inner[at] * weight).to(dtype).t(), sums, grads[7][expert].t())
         del kept
+    del matrix
     # Each slot once: nothing to add to.
     grads[1].view(-1)[slots] = torch.linalg.vecdot(grad_inner.to(grads[1].dtype), inner.to(grads[1].dtype))
     grad_inner = grad_inner.mul_(weight) if weight.dtype == dtype else (grad_inner * weight).to(dtype)
     if grads[3] is not None:
         torch.mm((sums * weight).to(dtype).t(), inner, out=grads[3][expert])
     del sums, inner
-    grad_pre = torch.empty_like(pre[at])
+    grad_pre = torch.empty_like(pre)
     half = gate.shape[1]
     torch.mul(grad_inner, activated, out=grad_pre[:, half:])
     del activated
@@ -168,24 +205,26 @@ def _backward_expert(rows: _Rows, grad_output: torch.Tensor, inputs: tuple, fixe
     _backward_gate_up(rows, grad_pre, inputs, fixed, grads)
 
 
-def _backward_gate_up(rows: _Rows, grad_pre: torch.Tensor, inputs: tuple, fixed: _Fixed, grads: list) -> None:
-    hidden, _, gate_up_proj, _, _, low, _, gate_up_a, gate_up_b, *_ = inputs
+def _backward_gate_up(rows: _Rows, grad_pre: torch.Tensor, inputs: _Inputs, fixed: _Fixed, grads: list) -> None:
     expert, at, _, tokens = rows
-    grad_x = grad_pre @ _matrix(gate_up_proj, fixed.gate_up_scale, expert, hidden.dtype, 2)  # (n, H)
+    hidden, gate_up_a, gate_up_b = inputs.hidden, inputs.gate_up_a, inputs.gate_up_b
+    matrix = _matrix(inputs.gate_up_proj, fixed.gate_up_scale, expert, hidden.dtype, 2)
     x = hidden.index_select(0, tokens) if grads[2] is not None or grads[4] is not None else None
     if grads[2] is not None:
         torch.mm(grad_pre.t(), x, out=grads[2][expert])
-    if gate_up_a is not None:
+    if gate_up_a is None:
+        grad_x = grad_pre @ matrix  # (n, H)
+    else:
         small = (grad_pre @ gate_up_b[expert]).mul_(fixed.gate_up_scaling)  # (n, R)
         if fixed.kept_hidden is None:
-            grad_x.addmm_(small, gate_up_a[expert])
+            grad_x = _product(grad_pre, matrix, small, gate_up_a[expert])
         else:
-            grad_x += _keep(small @ gate_up_a[expert], fixed.kept_hidden, tokens, fixed.kept_factor)
+            grad_x = _keep(small @ gate_up_a[expert], fixed.kept_hidden, tokens, fixed.kept_factor)
+            grad_x = grad_x.addmm_(grad_pre, matrix)
         if grads[4] is not None:
-            dropped = _keep(x, fixed.kept_hidden, tokens, fixed.kept_factor)
-            torch.mm(small.t(), dropped, out=grads[4][expert])
+            _write_product(small.t(), _keep(x, fixed.kept_hidden, tokens, fixed.kept_factor), grads[4][expert])
         if grads[5] is not None:
-            torch.mm(grad_pre.t(), low[at], out=grads[5][expert]).mul_(fixed.gate_up_scaling)
+            _write_product(inputs.low[at].t(), grad_pre, grads[5][expert].t())
     grads[0].index_add_(0, tokens, grad_x.to(grads[0].dtype))
 
 
@@ -197,7 +236,8 @@ def experts_cpu_training(hidden, topk_indices, topk_weights, weights: tuple, lor
     fixed = _Fixed(
         topk_indices, gate_up_scale, down_scale, *scalings, lora.kept_hidden, lora.kept_inner, lora.kept_factor
     )
-    factors = [factor if factor is None else factor.to(hidden.dtype) for factor in lora.factors]
-    if with_grad:
-        return _ExpertsCpu.apply(hidden, topk_weights, gate_up_proj, down_proj, fixed, *factors)
-    return _forward(hidden, topk_weights, gate_up_proj, down_proj, factors, fixed, save=False)[0]
+    inputs = (hidden, topk_weights, gate_up_proj, down_proj)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if with_grad:
+            return _ExpertsCpu.apply(*inputs, fixed, *lora.factors)
+        return _forward(*inputs, lora.factors, fixed, save=False)[0]

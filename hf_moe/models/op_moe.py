@@ -6,13 +6,22 @@ picks per call from device, dtype and token count. The readable definition is `E
 Shapes: T tokens, K choices per token, E experts, H hidden, I intermediate, N = T * K routed rows.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .op_experts import experts_on_kernels, why_not_kernels
+from .op_experts import (
+    SCALE_BLOCK,
+    TRITON_BACKEND_NAME,
+    ExpertLora,
+    experts_on_kernels,
+    is_silu,
+    why_not_kernels,
+)
+from .op_experts import experts as experts_with_lora
 from .op_fp8 import Fp8Format, fp8_linear
 from .op_linear import linear
 
@@ -22,6 +31,12 @@ BACKEND_NAME = "hf_moe"
 _BATCHED_ROWS = 32
 # Up to this many tokens the CPU form saves calls rather than memory.
 _FEW_TOKENS = 8
+# Up to so many rows an expert, and so many bytes of rows, those of all experts are held side by side.
+_FEW_ROWS = 16
+_MAX_ROW_BYTES = 64 << 20
+# In bfloat16 at least so many neighbouring experts of few rows are one product: 512 of them with 4 rows and 1.5 MB of
+# weights each took 67 ms one by one and take 50 ms.
+_NEIGHBOURS = 8
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,9 @@ def experts_cpu(
     with_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     if num_tokens <= _FEW_TOKENS and not with_grad:
         return _experts_few_tokens(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn, fp8)
+    row_bytes = num_tokens * top_k * 4 * hidden_states.shape[1]
+    if not with_grad and num_tokens * top_k <= _FEW_ROWS * num_experts and row_bytes <= _MAX_ROW_BYTES:
+        return _experts_gathered(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn, fp8)
     if torch.is_grad_enabled() and (gate_up_proj.requires_grad or down_proj.requires_grad):
         # Indexing would give every touched expert a gradient of the size of the whole stack.
         gate_up, down = gate_up_proj.unbind(0), down_proj.unbind(0)
@@ -103,6 +121,68 @@ def _expert(rows, gate_up, down, expert: int, act_fn, fp8: "Fp8Experts | None") 
     gate_up = fp8_linear(rows, gate_up[expert], gate_up_scale, fp8.format, parts=2, quantize=fp8.quantize)
     gate, up = gate_up.chunk(2, dim=-1)
     return fp8_linear(act_fn(gate) * up, down[expert], down_scale, fp8.format, quantize=fp8.quantize)
+
+
+def _experts_gathered(
+    hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn, fp8: "Fp8Experts | None"
+) -> torch.Tensor:
+    """`experts_cpu` without gradients for as many rows as may stand side by side: gathered, summed and, where
+    neighbouring experts have few rows each, multiplied by one call for many experts."""
+    num_tokens, top_k = topk_indices.shape
+    num_experts = gate_up_proj.shape[0]
+    expert_ids = topk_indices.flatten()  # (N,)
+    counts = torch.bincount(expert_ids, minlength=num_experts)[:num_experts].tolist()
+    order = expert_ids.argsort(stable=True)[: sum(counts)]  # places of rows, those of one expert side by side
+    hidden_rows = hidden_states.index_select(0, order // top_k)
+    # A last row of zeros is what an expert of another rank contributes.
+    rows = hidden_states.new_zeros(len(order) + 1, hidden_states.shape[1])
+    start = 0
+    batched = fp8 is None and gate_up_proj.dtype == torch.bfloat16
+    for first, sizes in _runs_of_experts(counts):
+        if batched and len(sizes) >= _NEIGHBOURS:
+            stop = start + sum(sizes)
+            stacks = (stack[first : first + len(sizes)] for stack in (gate_up_proj, down_proj))
+            rows[start:stop] = _neighbours(hidden_rows[start:stop], sizes, *stacks, act_fn)
+            start = stop
+            continue
+        for expert, size in enumerate(sizes, first):
+            stop = start + size
+            rows[start:stop] = _expert(hidden_rows[start:stop], gate_up_proj, down_proj, expert, act_fn, fp8)
+            start = stop
+    places = order.new_full((num_tokens * top_k,), len(order))
+    places[order] = torch.arange(len(order))
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
+    rows = rows.index_select(0, places).to(wide).view(num_tokens, top_k, -1)
+    return torch.bmm(topk_weights.to(wide).unsqueeze(1), rows).squeeze(1).to(hidden_states.dtype)
+
+
+def _runs_of_experts(counts: list[int]) -> Iterator[tuple[int, list[int]]]:
+    """Experts with rows, in order, cut into neighbours: the first of them and the number of rows of each.
+
+    One with more than twice `_FEW_ROWS` rows is by itself: its neighbours would be padded to as many."""
+    run: list[int] = []
+    for expert, count in enumerate([*counts, 0]):
+        if 0 < count <= 2 * _FEW_ROWS:
+            run.append(count)
+            continue
+        if run:
+            yield expert - len(run), run
+            run = []
+        if count:
+            yield expert, [count]
+
+
+def _neighbours(rows, sizes: list[int], gate_up, down, act_fn) -> torch.Tensor:
+    """Experts `gate_up` (n, 2I, H) and `down` (n, H, I) on their (N, H) rows, of which each has the next `sizes`.
+
+    One product for all: each has as many rows as the largest, of which the last are repeated."""
+    most, sizes = max(sizes), torch.tensor(sizes).unsqueeze(1)  # (n, 1)
+    column = torch.arange(most)
+    own = column < sizes  # (n, most)
+    places = sizes.cumsum(0) - sizes + column.minimum(sizes - 1)
+    rows = rows.index_select(0, places.flatten()).unflatten(0, places.shape)  # (n, most, H)
+    gate, up = torch.bmm(rows, gate_up.transpose(1, 2)).chunk(2, dim=-1)
+    return torch.bmm(act_fn(gate) * up, down.transpose(1, 2))[own]
 
 
 def _experts_few_tokens(
@@ -187,14 +267,21 @@ def choose_backend(device: torch.device, dtype: torch.dtype, num_rows: int, comp
 
 
 def experts_forward(
-    experts: torch.nn.Module, hidden_states: torch.Tensor, topk_indices: torch.Tensor, topk_weights: torch.Tensor
+    experts: torch.nn.Module,
+    hidden_states: torch.Tensor,
+    topk_indices: torch.Tensor,
+    topk_weights: torch.Tensor,
+    lora: ExpertLora | None = None,
 ) -> torch.Tensor:
     """The `"hf_moe"` backend of the experts interface: gated experts in the concatenated layout.
 
     `experts` holds `gate_up_proj` (E, 2I, H), `down_proj` (E, H, I) and `act_fn`; the other arguments and the result
     are those of `experts_cpu`. On CUDA they run on the kernels of `op_experts` if these can compute them; else, and for
-    experts of another layout (transposed, biased, ungated), in `grouped_mm` or `batched_mm`.
+    experts of another layout (transposed, biased, ungated), in `grouped_mm` or `batched_mm`. `lora`, for our `Experts`
+    only, goes along inside the products.
     """
+    if lora is not None:
+        return _lora_forward(experts, hidden_states, topk_indices, topk_weights, lora)
     if hidden_states.is_cuda and why_not_kernels(experts, hidden_states.device) is None:
         return experts_on_kernels(experts, hidden_states, topk_indices, topk_weights)
     if getattr(experts, "fp8", None) is not None:
@@ -218,6 +305,23 @@ def experts_forward(
     return experts_cpu(hidden_states, topk_indices, topk_weights, *weights, experts.act_fn)
 
 
+def _lora_forward(experts, hidden_states, topk_indices, topk_weights, lora: ExpertLora) -> torch.Tensor:
+    if hidden_states.is_cuda and why_not_kernels(experts, hidden_states.device) is None:
+        return experts_on_kernels(experts, hidden_states, topk_indices, topk_weights, lora)
+    fp8, device = experts.fp8, hidden_states.device.type
+    if not is_silu(experts.act_fn) or (fp8 is not None and tuple(fp8.block_size) != (SCALE_BLOCK, SCALE_BLOCK)):
+        return experts.define(hidden_states, topk_indices, topk_weights, lora)
+    if torch.is_autocast_enabled(device):
+        hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
+    elif fp8 is None:
+        hidden_states = hidden_states.to(experts.down_proj.dtype)
+    weights = (experts.gate_up_proj, experts.down_proj, experts.gate_up_proj_scale_inv, experts.down_proj_scale_inv)
+    quantize = fp8 is not None and experts.quantizes(hidden_states)
+    options = {"quantize": quantize, "ue8m0": fp8 is not None and fp8.ue8m0, "impl": "torch" if quantize else "cpu"}
+    run = _lora_uncompiled if torch.compiler.is_compiling() else experts_with_lora
+    return run(hidden_states, topk_indices, topk_weights, *weights, lora=lora, **options)
+
+
 def _fp8_experts_forward(experts, hidden_states, topk_indices, topk_weights) -> torch.Tensor:
     weights = (experts.gate_up_proj, experts.down_proj)
     scales = (experts.gate_up_proj_scale_inv, experts.down_proj_scale_inv)
@@ -235,6 +339,29 @@ def _fp8_experts_forward(experts, hidden_states, topk_indices, topk_weights) -> 
 
 # Training under torch.compile: the graph breaks here, since the loop depends on the routing.
 _experts_uncompiled = torch.compiler.disable(experts_cpu)
+_lora_uncompiled = torch.compiler.disable(experts_with_lora)
+
+
+class LoraBackends:
+    """Transformers' experts interface, of which every backend takes `lora` beside its arguments.
+
+    `"eager"` and ours know it. A call with `lora` to any other, which multiplies plain weights only, is computed by
+    `"hf_moe"` instead: the values are the same, and no weight is added up.
+    """
+
+    ours = (None, "eager", BACKEND_NAME, TRITON_BACKEND_NAME)
+
+    def get_interface(self, name: str | None, default: Callable) -> Callable:
+        backend = ALL_EXPERTS_FUNCTIONS.get_interface(name, default)
+        if name in self.ours:
+            return backend
+
+        def forward(experts, *args, lora: ExpertLora | None = None, **kwargs):
+            if lora is None:
+                return backend(experts, *args, **kwargs)
+            return experts_forward(experts, *args, lora=lora, **kwargs)
+
+        return forward
 
 
 ALL_EXPERTS_FUNCTIONS.register(BACKEND_NAME, experts_forward)

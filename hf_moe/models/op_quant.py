@@ -150,7 +150,7 @@ def dequantize_packed_int4(
             f"packed weight {tuple(weight_packed.shape)} and scales {tuple(weight_scale.shape)} for a weight of shape "
             f"{tuple(weight_shape)}: expected {packed} and {scales}"
         )
-    shifts = torch.arange(0, 32, 4, device=weight_packed.device, dtype=torch.int32)
-    nibbles = (weight_packed.unsqueeze(-1) >> shifts) & 15  # (O, I / 8, 8)
+    pairs = weight_packed.contiguous().view(torch.uint8)  # (O, I / 2), the low nibble first
+    nibbles = torch.stack((pairs & 15, pairs >> 4), dim=-1)  # (O, I / 2, 2)
     quantized = nibbles.flatten(1)[:, :in_features].float() - 8
     return quantized * weight_scale.float().repeat_interleave(group_size, dim=1)[:, :in_features]

@@ -12,7 +12,7 @@ import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
-from .weights_experts import SCALE_SUFFIX, StackExperts, with_scale_converters
+from .weights_experts import SCALE_SUFFIX, StackExperts
 
 # Fused parameter to the upstream stacks that are concatenated into it, in order, along the rows of each expert.
 FUSED_STACKS = {
@@ -103,10 +103,8 @@ class SplitStacks(ConversionOps):
 
 
 def stack_converters() -> list[WeightConverter]:
-    """The converters of the expert stacks and of their scales, as Transformers' loader takes them."""
-    return with_scale_converters(
-        WeightConverter(list(parts), target, operations=[FuseStacks()]) for target, parts in FUSED_STACKS.items()
-    )
+    """The converters of the expert stacks, as Transformers' loader takes them."""
+    return [WeightConverter(list(parts), target, operations=[FuseStacks()]) for target, parts in FUSED_STACKS.items()]
 
 
 def vision_renamings() -> list[WeightRenaming]:

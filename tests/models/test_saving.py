@@ -167,6 +167,17 @@ def test_classifier_round_trip(auto_class, tmp_path):
 # --- MTP duplicates ---------------------------------------------------------------------------------------------------
 
 
+def test_a_state_dict_that_is_given_gets_its_mtp_duplicates(tmp_path):
+    """As trainers of sharded models save: with the gathered state."""
+    model = load(golden("v3_basic"))
+    model.save_pretrained(tmp_path / "own")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    names = set(state)
+    model.save_pretrained(tmp_path / "given", state_dict=state)
+    assert_same_tensors(read_tensors(tmp_path / "given"), read_tensors(tmp_path / "own"))
+    assert set(state) == names
+
+
 def test_mtp_duplicates_follow_a_changed_original(tmp_path):
     model = load(golden("v3_mtp2"))
     with torch.no_grad():

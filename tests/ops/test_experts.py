@@ -26,11 +26,14 @@ def make_experts(backend: str, dtype: torch.dtype = torch.float32, **overrides) 
 
 def route(case: str) -> torch.Tensor:
     """(T, K) expert ids without repetition inside a token."""
-    tokens = {"one_token": 1, "odd_tokens": 63, "empty_experts": 17, "all_on_one": 9}[case]
+    tokens = {"one_token": 1, "all_experts": 30, "odd_tokens": 63, "empty_experts": 17, "all_on_one": 9}[case]
     if case == "all_on_one":  # one choice per token, everyone takes expert 5
         return torch.full((tokens, 1), 5)
     pool = torch.tensor([0, 2, 3, 6]) if case == "empty_experts" else torch.arange(EXPERTS)
-    return torch.stack([pool[torch.randperm(len(pool))[:TOP_K]] for _ in range(tokens)])
+    chosen = [pool[torch.randperm(len(pool))[:TOP_K]] for _ in range(tokens)]
+    if case == "all_experts":
+        chosen[:3] = torch.arange(9).remainder(EXPERTS).view(3, 3)
+    return torch.stack(chosen)
 
 
 def double_loop(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj) -> torch.Tensor:
@@ -90,7 +93,7 @@ def compare(experts, topk_indices, dtype, weights=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", ["one_token", "odd_tokens", "empty_experts", "all_on_one"])
+@pytest.mark.parametrize("case", ["one_token", "all_experts", "odd_tokens", "empty_experts", "all_on_one"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_outputs_and_gradients(backend, case, dtype):
     compare(make_experts(backend, dtype), route(case), dtype)
@@ -98,7 +101,7 @@ def test_outputs_and_gradients(backend, case, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sentinels", [False, True], ids=["all_local", "some_elsewhere"])
-@pytest.mark.parametrize("case", ["one_token", "odd_tokens", "empty_experts", "all_on_one"])
+@pytest.mark.parametrize("case", ["one_token", "all_experts", "odd_tokens", "empty_experts", "all_on_one"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inference(backend, case, sentinels, dtype, poisoned):
     """Without gradients a backend may take another path, for one token above all."""

@@ -1,0 +1,72 @@
+"""The formats' arithmetic as `op_quant` defines it, for conversions that should run as fast as the disk.
+
+The same numbers, bit for bit, made a few rows at a time in memory that is used again: on a CPU, new memory costs more
+than the arithmetic.
+"""
+
+import threading
+
+import torch
+
+from ..models.op_quant import fp8_scales
+
+_HALVES_BIAS = 2.0**120
+_CODE_BITS = 0x87F0 - (1 << 16)  # sign, exponent and mantissa of an e4m3 number four bits to the left, as int16
+_MAGNITUDE_BITS = 0x7FFFFFFF
+_held = threading.local()
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory of this thread under a name: its content is lost at the next call with that name."""
+    count = 1
+    for size in shape:
+        count *= size
+    buffers = _held.__dict__
+    buffer = buffers.get(name)
+    if buffer is None or buffer.numel() < count or buffer.dtype != dtype:
+        buffers[name] = buffer = torch.empty(max(count, 1), dtype=dtype)
+    return buffer[:count].view(shape)
+
+
+def decode_block_rows(codes: torch.Tensor, scales: torch.Tensor, columns: int) -> torch.Tensor:
+    """Rows of one row of blocks in float32: `dequantize_block_fp8` for codes that hold no NaN.
+
+    Args:
+        codes: (R, I) float8_e4m3fn, R at most the rows of a block.
+        scales: (ceil(I / columns),) float32 or float8_e8m0fnu.
+        columns: of a block.
+
+    Returns (R, I) in scratch memory.
+    """
+    # The seven low bits of a code, moved to where bfloat16 has its exponent, are the number times 2^-120.
+    halves = scratch("halves", tuple(codes.shape), torch.int16)
+    halves.copy_(codes.view(torch.int8)).bitwise_left_shift_(4).bitwise_and_(_CODE_BITS)
+    values = scratch("values", tuple(codes.shape), torch.float32)
+    values.copy_(halves.view(torch.bfloat16))
+    row = scales.float().repeat_interleave(columns)[: codes.shape[1]]
+    if row.numel() and row.amax() < 128:
+        return values.mul_(row * _HALVES_BIAS)
+    return values.mul_(_HALVES_BIAS).mul_(row)  # a scale so large would overflow with the bias
+
+
+def encode_block_rows(values: torch.Tensor, codes: torch.Tensor, columns: int, ue8m0: bool) -> torch.Tensor:
+    """Quantises one row of blocks into `codes`: `quantize_block_fp8`. Spoils `values`; returns the scales.
+
+    Args:
+        values: (R, I) float32, all rows of the blocks.
+        codes: (R, I) float8_e4m3fn, written to.
+        columns: of a block.
+        ue8m0: scales that are powers of two.
+
+    Returns (ceil(I / columns),) float32. Scales of blocks with values that are not finite are not finite.
+    """
+    width = values.shape[1]
+    bits = scratch("bits", tuple(values.shape), torch.int32)
+    torch.bitwise_and(values.view(torch.int32), _MAGNITUDE_BITS, out=bits)  # ordered as the magnitudes are
+    tops = bits.amax(0).view(torch.float32)
+    count = -(-width // columns)
+    tops = torch.nn.functional.pad(tops, (0, count * columns - width)).view(count, columns)
+    scales = fp8_scales(tops.view(torch.int32).amax(1).view(torch.float32), ue8m0)
+    # No quotient rounds to more than 448 by more than a unit in the last place, which e4m3 does not see.
+    codes.copy_(values.div_(scales.repeat_interleave(columns)[:width]))
+    return scales

@@ -1,0 +1,80 @@
+"""LoRA as the options describe it, and the memory that training takes."""
+
+import torch
+from torch import nn
+
+from .arguments import FinetuneArguments
+from .lora import check_targets
+
+EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+
+
+def apply_lora(model: nn.Module, args: FinetuneArguments) -> nn.Module:
+    """`model` inside of a PEFT model with the factors that the options ask for.
+
+    Raises:
+        ValueError: for a target that matches nothing.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    modules, parameters = args.lora_target_modules, args.lora_target_parameters
+    if not modules and not parameters:
+        modules, parameters = default_targets(model)
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        # PEFT takes targets of its own choice where none is named; an empty list means no module at all.
+        target_modules=modules or [],
+        target_parameters=parameters or None,
+        modules_to_save=args.lora_modules_to_save,
+        use_rslora=args.use_rslora,
+        task_type="CAUSAL_LM",
+    )
+    check_targets(model, config)
+    return get_peft_model(model, config)
+
+
+def default_targets(model: nn.Module) -> tuple[list[str], list[str]]:
+    """The linear modules of attention and the stacked experts, by the ends of their names."""
+    modules = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".self_attn." in name
+    }
+    parameters = {
+        ".".join(name.split(".")[-2:])
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and name.rpartition(".")[2] in EXPERT_PARAMETERS
+    }
+    return sorted(modules), sorted(parameters)
+
+
+def estimate_memory(model: nn.Module, optimizer_states: int = 2) -> str:
+    """A line on what the weights, gradients and optimiser of one process take, without activations."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    optimizer = optimizer_states * gradients
+    count, total = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
+    return (
+        f"{count:,} of {total:,} parameters are trained ({100 * count / total:.2f} %). Memory: weights "
+        f"{_size(weights)}, gradients {_size(gradients)}, optimiser {_size(optimizer)}, together "
+        f"{_size(weights + gradients + optimizer)} and activations"
+    )
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def memory_hint(error: torch.OutOfMemoryError) -> str:
+    """What to try when the device's memory was not enough."""
+    return (
+        f"{str(error).splitlines()[0]}\nTry, in this order: --gradient_checkpointing, a smaller "
+        "--per_device_train_batch_size with more --gradient_accumulation_steps, a smaller --max_length, --bf16"
+    )

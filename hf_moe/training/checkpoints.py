@@ -1,0 +1,235 @@
+"""Checkpoints: what a run needs to go on with the same losses, in folders that are whole or not there.
+
+A folder is written under a temporary name and renamed when everything is in it. `manifest.json` lists the files with
+their sizes: a folder that lost some is not taken up.
+
+    adapter_model.safetensors, adapter_config.json    LoRA; or the whole model, which `from_pretrained` reads
+    router_bias.safetensors                           correction biases, which no gradient moves
+    optimizer.pt  scheduler.pt  callbacks.pt  rng_state_<rank>.pt  trainer_state.json  manifest.json
+    sharded/                                          with FSDP or DeepSpeed, in place of weights and optimiser
+"""
+
+import dataclasses
+import json
+import random
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
+
+if TYPE_CHECKING:
+    from .trainer import FinetuneTrainer, TrainerState
+
+MANIFEST, STATE = "manifest.json", "trainer_state.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be taken up; the message names folder and reason."""
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Folders `checkpoint-N` of a run, the newest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: -int(_NAME.fullmatch(path.name)[1]))
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raises `CheckpointError` if the folder is not as it was written."""
+    if not folder.is_dir():
+        raise CheckpointError(f"no checkpoint {folder}")
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise CheckpointError(f"{folder} is no whole checkpoint: {MANIFEST} is missing or broken") from error
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder} is broken: {name} is missing")
+        if path.stat().st_size != size:
+            raise CheckpointError(f"{folder} is broken: {name} has {path.stat().st_size} bytes in place of {size}")
+
+
+def find_checkpoint(output_dir: Path, name: str, warn: bool = True) -> Path:
+    """The folder that `name` means: a path, or `latest` (also `true`), the newest whole one of `output_dir`.
+
+    Broken ones are passed over, with a warning that names them.
+
+    Raises:
+        CheckpointError: if there is none, or the named one is broken.
+    """
+    if name.lower() not in ("latest", "true"):
+        check_checkpoint(Path(name))
+        return Path(name)
+    for folder in list_checkpoints(output_dir):
+        try:
+            check_checkpoint(folder)
+        except CheckpointError as error:
+            if warn:
+                warnings.warn(f"{error}; the one before it is taken", stacklevel=2)
+        else:
+            return folder
+    raise CheckpointError(f"--resume_from_checkpoint {name}: there is no whole checkpoint in {output_dir}")
+
+
+def rotate(output_dir: Path, limit: int | None, best_step: int | None, accelerator: Accelerator) -> None:
+    """Deletes all but the newest `limit` checkpoints and the best one."""
+    if limit is None or not accelerator.is_main_process:
+        return
+    for folder in list_checkpoints(output_dir)[limit:]:
+        if best_step is None or folder.name != f"checkpoint-{best_step}":
+            doomed = folder.with_name(folder.name + ".old")  # a kill while deleting leaves no half checkpoint
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def run_identity(trainer: "FinetuneTrainer") -> dict[str, Any]:
+    """What must be the same for a run to go on: the order of its data, and what is trained."""
+    return {
+        "data": trainer.train_dataset.fingerprint(),
+        "data_seed": trainer.order.seed,
+        "rows_per_step": trainer.rows_per_step,
+        "trained_parameters": sum(p.numel() for p in trainer.unwrapped.parameters() if p.requires_grad),
+        "optim": trainer.args.optim,
+    }
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(trainer: "FinetuneTrainer", folder: Path) -> None:
+    """Writes a checkpoint; every process calls it."""
+    accelerator, rank = trainer.accelerator, trainer.accelerator.process_index
+    staging = folder.with_name(folder.name + ".tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    if _sharded(accelerator):
+        accelerator.save_state(str(staging / "sharded"))
+    elif accelerator.is_main_process:
+        save_weights(trainer.unwrapped, staging)
+        torch.save(trainer.optimizer.state_dict(), staging / "optimizer.pt")
+    torch.save(_random_state(), staging / f"rng_state_{rank}.pt")
+    if accelerator.is_main_process:
+        biases = router_biases(trainer.unwrapped)
+        if biases:
+            save_file({name: bias.detach().cpu().contiguous() for name, bias in biases.items()},
+                      staging / "router_bias.safetensors")  # fmt: skip
+        torch.save(trainer.scheduler.state_dict(), staging / "scheduler.pt")
+        torch.save([callback.state_dict() for callback in trainer.callbacks], staging / "callbacks.pt")
+        state = {"state": dataclasses.asdict(trainer.state), "run": run_identity(trainer)}
+        (staging / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        sizes = {
+            path.relative_to(staging).as_posix(): path.stat().st_size
+            for path in sorted(staging.rglob("*"))
+            if path.is_file()
+        }
+        (staging / MANIFEST).write_text(json.dumps({"files": sizes}, indent=2), encoding="utf-8")
+        if folder.exists():  # of a run that went on from an earlier step
+            shutil.rmtree(folder)
+        staging.rename(folder)
+    accelerator.wait_for_everyone()
+
+
+def save_weights(model: torch.nn.Module, folder: Path) -> None:
+    """The adapter of a PEFT model, or the whole model."""
+    model.save_pretrained(str(folder), safe_serialization=True)
+    if hasattr(model, "peft_config"):
+        (folder / "README.md").unlink(missing_ok=True)  # an empty form
+
+
+def router_biases(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The routers' correction biases, by name."""
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")}
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(trainer: "FinetuneTrainer", folder: Path, weights_only: bool = False) -> "TrainerState":
+    """Puts a run back to where `folder` was written; returns the state. Every process calls it.
+
+    Raises:
+        CheckpointError: for a folder that is broken, or of a run over other data, in another order.
+    """
+    check_checkpoint(folder)
+    saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    for name, value in run_identity(trainer).items():
+        if not weights_only and saved["run"].get(name) != value:
+            raise CheckpointError(
+                f"{folder} cannot be taken up: its {name} is {saved['run'].get(name)}, that of this run is {value}"
+            )
+    accelerator, device = trainer.accelerator, trainer.device
+    if _sharded(accelerator):
+        accelerator.load_state(str(folder / "sharded"))
+    else:
+        load_weights(trainer.unwrapped, folder)
+        if not weights_only:
+            trainer.optimizer.load_state_dict(_read(folder / "optimizer.pt", device))
+    if (folder / "router_bias.safetensors").exists():
+        stored = load_file(folder / "router_bias.safetensors")
+        for name, bias in router_biases(trainer.unwrapped).items():
+            bias.copy_(stored[name])
+    if not weights_only:
+        trainer.scheduler.load_state_dict(_read(folder / "scheduler.pt"))
+        for callback, state in zip(trainer.callbacks, _read(folder / "callbacks.pt")):
+            callback.load_state_dict(state)
+        path = folder / f"rng_state_{accelerator.process_index}.pt"
+        if not path.exists():
+            raise CheckpointError(f"{folder} is of fewer processes: {path.name} is missing")
+        _set_random_state(_read(path))
+    return type(trainer.state)(**saved["state"])
+
+
+def load_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Reads what `save_weights` wrote into a model of the same kind."""
+    if hasattr(model, "peft_config"):
+        from peft import set_peft_model_state_dict
+
+        weights = load_file(folder / "adapter_model.safetensors")
+        result = set_peft_model_state_dict(model, weights)
+        if result.unexpected_keys:
+            raise CheckpointError(f"{folder} holds factors this model does not have: {result.unexpected_keys[0]}")
+        return
+    loaded = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(loaded.state_dict())
+
+
+def _read(path: Path, device: torch.device | str = "cpu") -> Any:
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    version, values, gauss = state["python"]
+    random.setstate((version, tuple(values), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _sharded(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)

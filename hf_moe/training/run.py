@@ -1,0 +1,129 @@
+"""A fine-tuning run from options to files: `finetune(arguments)`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import hf_moe  # noqa: F401  registers the models
+
+from .adapters import apply_lora, estimate_memory
+from .arguments import FinetuneArguments
+from .callbacks import Callback
+from .checkpoints import find_checkpoint, list_checkpoints
+from .data import TokenRows, load_rows
+from .lora import trained_table
+from .output import push, write_result
+from .router_callbacks import balance_callbacks
+from .sources import DataError
+from .trainer import FinetuneTrainer, TrainResult, make_accelerator, print_on_main
+
+
+@dataclass
+class FinetuneResult:
+    """What `finetune` returns: the folder, the model in memory, and what was measured."""
+
+    output_dir: Path
+    model: torch.nn.Module
+    tokenizer: object
+    training: TrainResult
+    trainer: FinetuneTrainer
+    trained_parameters: int
+    commit: str | None = None
+
+
+def finetune(args: FinetuneArguments, callbacks: Sequence[Callback] = ()) -> FinetuneResult:
+    """Reads the data, then the model; trains; writes the result.
+
+    Raises:
+        ValueError: for options and data that cannot be used (`DataError` names file and line), before the model is
+            loaded; for LoRA targets that match nothing.
+        CheckpointError: for a checkpoint that cannot be taken up.
+        FloatingPointError: when the loss is no longer a number.
+    """
+    check_output_dir(args)
+    accelerator = make_accelerator(args)
+    tokenizer = load_tokenizer(args)
+    check_length(args)
+    train, held_out = load_rows(tokenizer, args)
+    print_on_main(accelerator, describe("train", train), *([describe("held out", held_out)] if held_out else []))
+    torch.manual_seed(args.seed)  # before the factors are drawn
+    model = load_model(args)
+    if args.use_peft:
+        model = apply_lora(model, args)
+    elif next((p for p in model.parameters() if p.requires_grad and p.dtype.itemsize < 2), None) is not None:
+        raise ValueError("FP8 weights cannot be trained: pass --use_peft, or load a dequantised checkpoint")
+    callbacks = [*balance_callbacks(model, args), *callbacks]
+    trainer = FinetuneTrainer(model, args, train, held_out, tokenizer, callbacks, accelerator)
+    print_on_main(accelerator, trained_table(model), estimate_memory(model))
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    result = trainer.train()
+    folder = write_result(trainer, result)
+    print_on_main(accelerator, f"written to {folder}")
+    commit = push(args) if args.push_to_hub and accelerator.is_main_process else None
+    if commit:
+        print_on_main(accelerator, f"uploaded: {commit}")
+    return FinetuneResult(folder, trainer.unwrapped, tokenizer, result, trainer, count, commit)
+
+
+def check_output_dir(args: FinetuneArguments) -> None:
+    """Raises `ValueError` where a run would overwrite another, or has nothing to go on from."""
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file")
+    if args.resume_from_checkpoint:
+        find_checkpoint(folder, args.resume_from_checkpoint)
+        return
+    finished = [name for name in ("adapter_config.json", "config.json") if (folder / name).exists()]
+    if not args.overwrite_output_dir and (finished or list_checkpoints(folder)):
+        raise ValueError(
+            f"--output_dir {folder} holds a run: pass --resume_from_checkpoint latest to go on, "
+            "--overwrite_output_dir to start anew, or name another folder"
+        )
+    if folder.resolve() == Path(args.model_name_or_path).resolve():
+        raise ValueError("--output_dir is the folder of the model to start from")
+
+
+def load_tokenizer(args: FinetuneArguments):
+    """The model's tokenizer, with the chat template that the options name."""
+    tokenizer = AutoTokenizer.from_pretrained(
+        args.model_name_or_path, revision=args.model_revision, trust_remote_code=args.trust_remote_code
+    )
+    if args.chat_template_path:
+        path = Path(args.chat_template_path)
+        if not path.is_file():
+            raise DataError(f"--chat_template_path: no file {path}")
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def check_length(args: FinetuneArguments) -> None:
+    """Raises `ValueError` for rows that the model has no positions for."""
+    config = AutoConfig.from_pretrained(
+        args.model_name_or_path, revision=args.model_revision, trust_remote_code=args.trust_remote_code
+    )
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and args.max_length > limit:
+        raise ValueError(f"--max_length {args.max_length} is more than the model's {limit} positions")
+
+
+def load_model(args: FinetuneArguments) -> torch.nn.Module:
+    """The causal language model, on the CPU or where `accelerate` will move it."""
+    options = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
+    return AutoModelForCausalLM.from_pretrained(
+        args.model_name_or_path,
+        revision=args.model_revision,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        **options,
+    )
+
+
+def describe(name: str, data: TokenRows) -> str:
+    """A line on rows of data."""
+    text = f"{name}: {data.num_samples:,} samples, {len(data.ids):,} tokens, {data.num_targets:,} to learn"
+    if data.packed:
+        text += f", packed into {len(data):,} rows"
+    return text + "".join(f", {count:,} {what}" for what, count in sorted(data.dropped.items()))

@@ -1,0 +1,250 @@
+"""`hf-moe finetune` and `finetune(...)` from options to files, on the demo model."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from hf_moe.cli import app
+from hf_moe.demo import DEMO_MODEL
+from hf_moe.training import FinetuneArguments, finetune
+from hf_moe.training import run as run_module
+from hf_moe.training.arguments import parse_arguments
+from hf_moe.training.charts import draw_losses
+from hf_moe.training.trainer import read_log
+
+peft = pytest.importorskip("peft")
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def write_data(folder: Path, count: int = 24) -> str:
+    path = folder / "data.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": f"Item {n}: the square of {n} is {n * n}."}) + "\n" for n in range(count))
+    )
+    return str(path)
+
+
+def required(folder: Path, data: str) -> list[str]:
+    return ["--model_name_or_path", str(DEMO_MODEL), "--dataset_name", data, "--output_dir", str(folder / "out")]
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(3, 40)[None]).logits
+
+
+def plain(output: str) -> str:
+    """What a box of the command says, without its frame and line breaks."""
+    return " ".join("".join(letter for letter in output if letter not in "│╭╮╰╯─").split())
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_hyphens_underscores_and_files_of_options(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("learning_rate: 0.5\nmax_steps: 7\nlora_target_modules: [q_proj, o_proj]\nuse_peft: true\n")
+    args = parse_arguments(
+        ["--config", str(config), "--max-steps", "9", "--per-device-train-batch-size=3", "--report_to", "none",
+         "--no-assistant-only-loss", "--add_bos_token", *required(tmp_path, "d")]
+    )  # fmt: skip
+    assert (args.learning_rate, args.max_steps, args.per_device_train_batch_size) == (0.5, 9, 3)
+    assert args.lora_target_modules == ["q_proj", "o_proj"] and args.use_peft
+    assert args.assistant_only_loss is False and args.report_to == [] and args.add_bos_token is True
+
+
+def test_defaults_follow_what_is_trained():
+    names = dict(model_name_or_path="m", dataset_name="d", output_dir="o")
+    whole, factors = FinetuneArguments(**names), FinetuneArguments(use_peft=True, **names)
+    assert (whole.learning_rate, whole.dtype) == (2e-5, "float32")
+    assert (factors.learning_rate, factors.dtype) == (2e-4, "auto")
+    assert [FinetuneArguments(warmup_ratio=0.1, **names).warmup(steps) for steps in (5, 10, 101)] == [1, 1, 11]
+    assert FinetuneArguments(warmup_steps=7, **names).warmup(100) == 7
+
+
+BAD_OPTIONS = {
+    "--max_step 4": r"no such option: --max_step; did you mean --max_steps\?",
+    "--lora_dropout 1.5": "--lora_dropout must be at least 0 and below 1",
+    "--max_length 1": "--max_length must be at least 2",
+    "--per_device_train_batch_size 0": "--per_device_train_batch_size must be at least 1",
+    "--eval_strategy steps": "--eval_strategy needs data",
+    "--early_stopping_patience 2": "--early_stopping_patience needs evaluation",
+    "--merge_adapter": "--merge_adapter needs --use_peft",
+    "--learning_rate much": "invalid float value",
+    "--optim sgd": "invalid choice: 'sgd'|--optim must be one of",
+    "--lr_scheduler_kwargs {": "--lr_scheduler_kwargs is no JSON",
+    "--config nowhere.yaml": "no file 'nowhere.yaml'",
+    "--max_length 4096": "--max_length 4096 is more than the model's 2048 positions",
+    "--resume_from_checkpoint latest": "there is no whole checkpoint",
+    "--chat_template_path nowhere": "--chat_template_path: no file",
+}
+
+
+@pytest.mark.parametrize("words", BAD_OPTIONS)
+def test_bad_options_are_one_clear_error(tmp_path, monkeypatch, words):
+    monkeypatch.setattr(run_module, "load_model", lambda args: pytest.fail("the model was loaded"))
+    data = write_data(tmp_path)
+    result = CliRunner().invoke(app, ["finetune", *required(tmp_path, data), *words.split()])
+    assert result.exit_code == 2
+    assert re.search(BAD_OPTIONS[words], plain(result.output)), result.output
+
+
+def test_bad_data_is_named_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "load_model", lambda args: pytest.fail("the model was loaded"))
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "good"}\n{"tekst": "bad"}\n')
+    result = CliRunner().invoke(app, ["finetune", *required(tmp_path, str(path))])
+    shown = plain(result.output).replace(" ", "")  # a long path is broken anywhere
+    assert result.exit_code == 2 and "d.jsonl,line2:foundtekst" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_lists_every_option():
+    result = CliRunner().invoke(app, ["finetune", "--help"])
+    assert result.exit_code == 0
+    for name in ("--model_name_or_path", "--lora_r", "--no_assistant_only_loss", "--gradient_checkpointing"):
+        assert name in result.output
+
+
+def test_targets_that_match_nothing_are_named(tmp_path):
+    more = ["--use_peft", "--lora_target_modules", "o_proj", "no_proj", "--dtype", "float32"]
+    result = CliRunner().invoke(app, ["finetune", *required(tmp_path, write_data(tmp_path)), *more])
+    assert result.exit_code == 2 and "'no_proj' matches no module" in plain(result.output)
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_adapter_merged_model_card_and_curve(tmp_path):
+    data = write_data(tmp_path)
+    words = (
+        "--use_peft --lora-r 4 --max_steps 4 --learning_rate 1e-2 --logging_steps 1 --validation_split 0.2 --packing "
+        "--max_length 128 --per_device_train_batch_size 2 --merge_adapter --dtype float32 --disable_tqdm "
+        "--gradient_checkpointing --lora_dropout 0.05 --eval_steps 2"
+    )
+    result = CliRunner().invoke(app, ["finetune", *required(tmp_path, data), *words.split()])
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    assert "mlp.experts.gate_up_proj" in result.output and "parameters are trained" in result.output
+    log = read_log(out / "training_log.jsonl")
+    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4]
+    assert {"loss", "main_loss", "mtp_loss_1", "grad_norm", "learning_rate", "router_max_over_mean"} <= set(log[0])
+    evaluated = [line["eval_loss"] for line in log if "eval_loss" in line]
+    assert len(evaluated) == 2 and evaluated[1] < evaluated[0]
+    for picture in ("loss.png", "expert_load.png"):
+        assert (out / picture).read_bytes().startswith(PNG)
+    card = (out / "README.md").read_text()
+    assert "library_name: peft" in card and "# LoRA adapter of demo_model" in card and "held-out loss" in card
+    assert str(tmp_path) not in card
+    base = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+    original = logits(base)
+    adapted = logits(peft.PeftModel.from_pretrained(base, out))
+    merged = logits(AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32))
+    assert (adapted - original).abs().max() > 0.05
+    assert (adapted - merged).abs().max() < 1e-4
+    assert (out / "tokenizer.json").is_file() and (out / "merged" / "tokenizer.json").is_file()
+    assert "library_name: transformers" in (out / "merged" / "README.md").read_text()
+    assert not list(out.rglob("*.tmp"))
+    again = CliRunner().invoke(app, ["finetune", *required(tmp_path, data), *words.split()])
+    assert again.exit_code == 2 and "holds a run" in plain(again.output)
+
+
+def test_the_whole_model_is_trained_and_loads_with_its_mtp_layer(tmp_path):
+    out = tmp_path / "out"
+    result = finetune(
+        FinetuneArguments(
+            model_name_or_path=str(DEMO_MODEL), dataset_name=write_data(tmp_path), output_dir=str(out), max_steps=2,
+            per_device_train_batch_size=2, learning_rate=1e-3, logging_steps=1, disable_tqdm=True, save_steps=1,
+            optim="muonclip",
+        )
+    )  # fmt: skip
+    line = result.training.log[0]
+    assert {"max_attention_logit", "router_balance_loss"} <= set(line)
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    for (name, saved), trained in zip(loaded.state_dict().items(), result.model.state_dict().values()):
+        assert torch.equal(saved, trained), name
+    before = load_file(DEMO_MODEL / "model.safetensors")
+    after = load_file(out / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
+    assert set(before) == set(after) and any("layers.4." in name for name in moved)  # the MTP layer
+    assert any(name.endswith("e_score_correction_bias") for name in moved)
+    assert AutoModelForCausalLM.from_pretrained(out / "checkpoint-1").dtype == torch.float32
+
+
+def test_adapters_leave_the_biases_alone_unless_told(tmp_path):
+    data = write_data(tmp_path)
+
+    def biases(folder: str, **more):
+        args = FinetuneArguments(
+            model_name_or_path=str(DEMO_MODEL), dataset_name=data, output_dir=str(tmp_path / folder), max_steps=2,
+            per_device_train_batch_size=2, disable_tqdm=True, use_peft=True, save_strategy="no", **more,
+        )  # fmt: skip
+        state = finetune(args).model.state_dict()
+        return {name: value for name, value in state.items() if name.endswith("e_score_correction_bias")}
+
+    still, moved = biases("a"), biases("b", router_bias_update_rate=0.01)
+    assert all(not torch.equal(still[name], moved[name]) for name in still) and len(still) == 4
+
+
+def test_upload(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    class Api:
+        def __init__(self, token=None):
+            calls.append(token)
+
+        def create_repo(self, name, private=None, exist_ok=False):
+            calls.append((name, private, exist_ok))
+            return type("Repo", (), {"repo_id": f"me/{name}"})
+
+        def upload_folder(self, repo_id, folder_path, commit_message, ignore_patterns):
+            kept = huggingface_hub.utils.filter_repo_objects(
+                [path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()],
+                ignore_patterns=ignore_patterns,
+            )
+            calls.append((repo_id, sorted(kept)))
+            return "https://hub/me/commit"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    result = finetune(
+        FinetuneArguments(
+            model_name_or_path=str(DEMO_MODEL), dataset_name=write_data(tmp_path), output_dir=str(tmp_path / "mine"),
+            max_steps=2, per_device_train_batch_size=1, use_peft=True, push_to_hub=True, hub_token="t", save_steps=1,
+            report_to=["tensorboard"], hub_private_repo=True, disable_tqdm=True, lora_target_modules=["o_proj"],
+        )
+    )  # fmt: skip
+    assert result.commit == "https://hub/me/commit"
+    assert calls[:2] == ["t", ("mine", True, True)]
+    repository, files = calls[2]
+    assert repository == "me/mine" and "adapter_model.safetensors" in files and "README.md" in files
+    assert not any("checkpoint" in name or name.startswith("runs") for name in files)
+
+
+def test_example_for_accelerate(tmp_path, monkeypatch):
+    import importlib.util
+
+    path = Path(__file__).parents[2] / "examples" / "finetune_lora.py"
+    spec = importlib.util.spec_from_file_location("finetune_lora", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    more = ["--max_steps", "1", "--disable_tqdm", "--lora_target_modules", "o_proj", "--save_strategy", "no"]
+    monkeypatch.setattr(sys, "argv", ["finetune_lora.py", *required(tmp_path, write_data(tmp_path)), *more])
+    module.main()
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+    monkeypatch.setattr(sys, "argv", ["finetune_lora.py", "--max_steps", "x"])
+    with pytest.raises(SystemExit, match="finetune_lora.py: argument --max_steps"):
+        module.main()
+
+
+def test_a_log_without_losses_is_not_drawn(tmp_path):
+    with pytest.raises(ValueError, match="no loss to draw"):
+        draw_losses([{"step": 1}], tmp_path / "a.png")
