@@ -42,8 +42,8 @@ from .generation_schedule import (
     draft_cost_ratio,
 )
 
-# While drafting pauses, states wait for the MTP layers, which see them at one go when it begins again, or when there are
-# so many.
+# While drafting pauses, states wait for the MTP layers, which see them at one go when it begins again, or when there
+# are so many.
 _MAX_PENDING = 4096
 
 

@@ -221,7 +221,7 @@ class DraftSchedule:
         self.known = {} if plain is None else {count: seconds / plain for count, seconds in typical.items()}
 
     def _cost(self, made: int) -> float:
-        """Time of a step with so many drafts, in plain steps: measured, or else extrapolated from the nearest that is."""
+        """Time of a step with so many drafts, in plain steps: measured, or else extrapolated from the nearest."""
         if not made or not self.known:
             return 1 + self.cost_ratio * made
         # More drafts never take less: what seems to, tells that the others were disturbed.
@@ -240,7 +240,7 @@ class DraftSchedule:
 
 
 def draft_cost_ratio(model: nn.Module) -> float:
-    """Estimated cost of a draft and its check, in plain steps, by layers and by parameters that a token takes part in."""
+    """Estimated cost of a draft and its check, in plain steps, by layers and parameters that a token meets."""
     per_token = model.config.num_experts_per_tok
     head = sum(parameter.numel() for parameter in model.lm_head.parameters())
     main = [_active_parameters(layer, per_token) for layer in model.model.layers[: model.config.num_hidden_layers]]
