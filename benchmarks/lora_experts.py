@@ -1,12 +1,16 @@
-"""A training step with LoRA on the experts: the grouped path against PEFT's, which adds the factors to the weights.
+"""A training step with LoRA on the experts through PEFT: the grouped path against PEFT's own, which adds the factors to
+the weights.
 
-64 experts of 512 x 1024, rank 16, 2,048 tokens. Each path runs in a process of its own, for its peak of memory.
+64 experts of 512 x 1024, rank 16, 2,048 tokens. Both paths begin at `get_peft_model`; in one, PEFT uses
+its own layers. Each round runs each path in a process of its own, for its peak of memory. Every step has another
+routing, as in training.
 
     python benchmarks/lora_experts.py
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -15,11 +19,13 @@ from pathlib import Path
 import torch
 from common import report
 
+import hf_moe  # noqa: F401  makes PEFT know our experts
 from hf_moe.models.configuration_deepseek_v3 import DeepseekV3Config
 from hf_moe.models.layer_experts import Experts
-from hf_moe.models.op_experts import ExpertLora, experts
 
 EXPERTS, HIDDEN, INTER, RANK, TOKENS, TOP_K = 64, 1024, 512, 16, 2048, 4
+ROUTES = 8
+PATHS = ("grouped", "peft")
 
 
 def status(name: str) -> int:
@@ -42,16 +48,8 @@ def build(path: str, dtype: torch.dtype):
     module = Experts(config).to(dtype).requires_grad_(False)
     for parameter in module.parameters():
         parameter.normal_(std=0.02)
-    x = torch.randn(TOKENS, HIDDEN, dtype=dtype, requires_grad=True)
-    ids = torch.rand(TOKENS, EXPERTS).argsort(-1)[:, :TOP_K]
-    weights, seed = torch.rand(TOKENS, TOP_K), torch.randn(TOKENS, HIDDEN).to(dtype)
-    if path == "grouped":
-        sizes = [(RANK, HIDDEN), (2 * INTER, RANK), (RANK, INTER), (HIDDEN, RANK)]
-        factors = [(torch.randn(EXPERTS, *size) * 0.02).to(dtype).requires_grad_() for size in sizes]
-        stacks = (module.gate_up_proj, module.down_proj)
-        return lambda: experts(x, ids, weights, *stacks, lora=ExpertLora(*factors)).backward(seed)
-
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.model import LoraModel
 
     class Model(torch.nn.Module):
         def __init__(self):
@@ -61,9 +59,25 @@ def build(path: str, dtype: torch.dtype):
         def forward(self, *args):
             return self.experts(*args)
 
+    if path == "peft":
+        LoraModel._create_new_module = staticmethod(LoraModel._create_new_module.hf_moe_original)
     targets = ["experts.gate_up_proj", "experts.down_proj"]
-    model = get_peft_model(Model(), LoraConfig(r=RANK, lora_alpha=RANK, target_parameters=targets)).to(dtype)
-    return lambda: model(x, ids, weights).backward(seed)
+    options = {"r": RANK, "lora_alpha": RANK, "target_parameters": targets, "init_lora_weights": False}
+    # With factors in the dtype of the weights, as PEFT's own path takes them.
+    model = get_peft_model(Model(), LoraConfig(**options)).to(dtype)
+    assert type(model.base_model.model.experts).__module__.startswith("peft" if path == "peft" else "hf_moe")
+    x = torch.randn(TOKENS, HIDDEN, dtype=dtype, requires_grad=True)
+    seed = torch.randn(TOKENS, HIDDEN).to(dtype)
+    routes = [
+        (torch.rand(TOKENS, EXPERTS).argsort(-1)[:, :TOP_K], torch.rand(TOKENS, TOP_K, requires_grad=True))
+        for _ in range(ROUTES)
+    ]
+
+    def step(index: int) -> None:
+        model(x, *routes[index % ROUTES]).backward(seed)
+        model.zero_grad()
+
+    return step
 
 
 def measure(path: str, dtype: str, repeats: int) -> dict:
@@ -71,38 +85,43 @@ def measure(path: str, dtype: str, repeats: int) -> dict:
     step = build(path, getattr(torch, dtype))
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before = status("VmRSS")
-    step()
+    step(0)
     memory = (status("VmHWM") - before) / 1024
     seconds = []
-    for _ in range(repeats):
+    for index in range(repeats):
         start = time.perf_counter()
-        step()
+        step(index + 1)
         seconds.append(time.perf_counter() - start)
-    return {"seconds": min(seconds), "MiB": memory}
+    return {"seconds": min(seconds), "median": statistics.median(seconds), "MiB": memory}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each path, in turns")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--path", choices=["grouped", "peft"], help="measure one path in this process")
+    parser.add_argument("--path", choices=PATHS, help="measure one path in this process")
     args = parser.parse_args()
     if args.path:
         print(json.dumps(measure(args.path, args.dtypes[0], args.repeats)))
         return
     rows = []
     for dtype in args.dtypes:
-        results = {}
-        for path in ("grouped", "peft"):
-            command = [sys.executable, __file__, "--path", path, "--dtypes", dtype, "--repeats", str(args.repeats)]
-            result = subprocess.run(command, capture_output=True, text=True, check=True)
-            results[path] = json.loads(result.stdout.splitlines()[-1])
+        results = {path: [] for path in PATHS}
+        for _ in range(args.rounds):
+            for path in PATHS:
+                command = [sys.executable, __file__, "--path", path, "--dtypes", dtype, "--repeats", str(args.repeats)]
+                result = subprocess.run(command, capture_output=True, text=True, check=True)
+                results[path].append(json.loads(result.stdout.splitlines()[-1]))
         row = {"dtype": dtype}
-        for path, result in results.items():
-            row.update({f"{path} s": result["seconds"], f"{path} extra MiB": result["MiB"]})
-        row["faster"] = results["peft"]["seconds"] / results["grouped"]["seconds"]
-        row["memory"] = results["grouped"]["MiB"] / results["peft"]["MiB"]
+        for path, found in results.items():
+            row[f"{path} s"] = min(result["seconds"] for result in found)
+            row[f"{path} median s"] = statistics.median(result["median"] for result in found)
+            row[f"{path} extra MiB"] = statistics.median(result["MiB"] for result in found)
+        row["faster"] = row["peft s"] / row["grouped s"]
+        row["faster, medians"] = row["peft median s"] / row["grouped median s"]
+        row["memory"] = row["grouped extra MiB"] / row["peft extra MiB"]
         rows.append(row)
     report("lora_experts", rows, "cpu", args.out)
 

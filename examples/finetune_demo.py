@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import hf_moe  # noqa: F401  registers the models
@@ -115,7 +116,8 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     window = RECIPE["max_length"]
-    result = {"before": {"bits_per_byte": bits_per_byte(base, tokenizer, held_out, window)}}
+    result: dict = {"torch": torch.__version__, "transformers": transformers.__version__}
+    result |= {"before": {"bits_per_byte": bits_per_byte(base, tokenizer, held_out, window)}}
     result["before"]["samples"] = complete(base, tokenizer)
 
     argv = ["--use_peft", "--packing", "--add_bos_token", "--eval_on_start", "--merge_adapter"]

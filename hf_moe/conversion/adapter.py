@@ -43,8 +43,9 @@ class Delta:
         swapped: whether `a` belongs to the rows of the weight (embeddings; fused parameters in PEFT before 0.20).
     """
 
-    a: SourceTensor
-    b: SourceTensor
+    # Not part of the representation, by which a conversion is known again: the adapter's checksums are.
+    a: SourceTensor = field(repr=False)
+    b: SourceTensor = field(repr=False)
     scaling: float
     experts: int = 1
     swapped: bool = False

@@ -5,6 +5,7 @@ sum is rounded or quantised to what the weight was. All others keep their bytes.
 one, in stacks or fused, whichever way the adapter was trained.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -34,7 +35,7 @@ class Change:
     """
 
     delta: Delta | None = None
-    new: SourceTensor | None = None
+    new: SourceTensor | None = field(default=None, repr=False)
     expert: int | None = None
     begin: int = 0
 
@@ -198,10 +199,8 @@ def _files(adapter: Adapter) -> list[str]:
     return sorted(name for name in adapter.store.files() if name.startswith("adapter_"))
 
 
-def _identity(adapter: Adapter, name: str) -> dict:
+def _identity(adapter: Adapter, name: str) -> dict[str, int | str]:
     """What a file of the adapter is, for the manifest and for resuming: size and SHA-256."""
-    import hashlib
-
     size = adapter.store.files()[name]
     digest = hashlib.sha256()
     for begin in range(0, size, 1 << 24):

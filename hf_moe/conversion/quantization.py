@@ -351,6 +351,8 @@ def plan_fp8(source: Source, ue8m0: bool = False, block_size: tuple[int, int] = 
             continue
         if len(weight.shape) < 2:
             raise source.complain(weight.inputs[0], f"has shape {weight.shape}; blocks need a matrix")
+        if weight.kind == "plain" and weight.dtype not in _FLOATS:
+            raise source.complain(weight.name, f"has dtype {weight.dtype}, which is not that of weights")
         groups.append(_encode_group(weight, block_size, ue8m0))
         count += 1
     if not count:

@@ -71,9 +71,9 @@ def plan_slice(
     renumbered = {layer: index for index, layer in enumerate(layers)}
     for depth in range(_mtp_layers(source, text, keys)):
         renumbered[getattr(text, keys.layers) + depth] = len(layers) + depth
-    groups = []
+    groups, numbers = [], {expert: index for index, expert in enumerate(chosen)}
     for name, entry in source.entries.items():
-        group = _group(name, entry, renumbered, chosen, getattr(text, keys.experts))
+        group = _group(name, entry, renumbered, numbers, getattr(text, keys.experts))
         if group is not None:
             groups.append(group)
     if experts is None:
@@ -214,8 +214,10 @@ def new_name(name: str, renumbered: dict[int, int], experts: dict[int, int]) -> 
     return f"{expert[1]}{experts[int(expert[2])]}{expert[3]}"
 
 
-def _group(name: str, entry: SourceTensor, renumbered: dict[int, int], chosen: list[int], total: int) -> Group | None:
-    target = new_name(name, renumbered, {expert: index for index, expert in enumerate(chosen)})
+def _group(
+    name: str, entry: SourceTensor, renumbered: dict[int, int], chosen: dict[int, int], total: int
+) -> Group | None:
+    target = new_name(name, renumbered, chosen)
     if target is None:
         return None
     if len(chosen) == total or not _PER_EXPERT.search(name):
@@ -267,7 +269,7 @@ def _edit_config(
     if "num_layers" in changes and isinstance(holder.get("num_hidden_layers"), int):
         sublayers = holder["num_hidden_layers"] // config.get_text_config().num_layers  # 1 or 2, as files disagree
         holder["num_hidden_layers"] = sublayers * changes["num_layers"]
-    for part in (output, holder):
+    for part in [output] if holder is output else [output, holder]:
         quantization = part.get("quantization_config")
         for key in ("ignore", "modules_to_not_convert"):
             if isinstance(quantization, dict) and isinstance(quantization.get(key), list):

@@ -4,12 +4,14 @@ Shapes: T tokens, K choices per token, E routed experts, G groups.
 """
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .op_linear import linear
+from .op_routing import route, weigh_experts
 
 
 class TopkRouter(nn.Module):
@@ -61,44 +63,40 @@ class TopkRouter(nn.Module):
         hidden_states = hidden_states.reshape(-1, self.hidden_size)
         with _no_autocast(hidden_states.device.type):
             router_logits = self._project(hidden_states)
-        scores = router_logits.softmax(-1) if self.scoring_func == "softmax" else router_logits.sigmoid()
-        topk_indices = self._choose(scores)
+        topk_weights, topk_indices = self.route(router_logits)
         if self.training or not torch.compiler.is_compiling():  # a compiled decode step keeps no statistics
             self._last_topk_indices = topk_indices.detach()
             self._last_token_mask = token_mask
-        # The bias picks experts, it never weighs them: the weights are the plain scores.
-        return router_logits, self._weigh(scores.gather(-1, topk_indices)), topk_indices
+        return router_logits, topk_weights, topk_indices
+
+    def route(self, router_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(T, E) logits to weights (T, K) and expert ids (T, K). The bias picks experts, it never weighs them."""
+        grouped = self.topk_method != "greedy"
+        return route(
+            router_logits,
+            None if self.e_score_correction_bias is None else self.e_score_correction_bias.float(),
+            top_k=self.top_k,
+            num_group=self.num_group if grouped else 1,
+            topk_group=self.topk_group if grouped else 1,
+            best_two=self.topk_method == "noaux_tc",
+            **self._weighing(),
+        )
+
+    def weigh(self, router_logits: torch.Tensor, topk_indices: torch.Tensor) -> torch.Tensor:
+        """Weights (T, K) of a choice that was made before, such as in the pass that checkpointing repeats."""
+        return weigh_experts(router_logits, topk_indices, **self._weighing())
 
     def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(T, hidden) to router logits (T, E) in float32."""
         return F.linear(hidden_states.float(), self.weight.float())
 
-    @torch.no_grad()
-    def _choose(self, scores: torch.Tensor) -> torch.Tensor:
-        """(T, E) scores to (T, K) expert ids."""
-        choice = scores
-        if self.e_score_correction_bias is not None:
-            choice = scores + self.e_score_correction_bias.float()
-        if self.topk_method != "greedy" and self.topk_group < self.num_group:
-            groups = choice.unflatten(-1, (self.num_group, -1))  # (T, G, E / G)
-            if self.topk_method == "noaux_tc":
-                group_scores = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
-            else:
-                group_scores = groups.amax(-1)
-            kept = torch.zeros_like(group_scores, dtype=torch.bool)
-            kept.scatter_(-1, group_scores.topk(self.topk_group, dim=-1, sorted=False).indices, True)
-            # Not 0: a biased score can be negative, and a masked expert must never beat it.
-            choice = groups.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
-        return choice.topk(self.top_k, dim=-1, sorted=False).indices
-
-    def _weigh(self, topk_scores: torch.Tensor) -> torch.Tensor:
-        """(T, K) scores of the chosen experts to the weights of their outputs."""
-        normalise = self.norm_topk_prob and (self.top_k > 1 or self.scoring_func == "sigmoid")
-        if normalise:
-            topk_scores = topk_scores / (topk_scores.sum(-1, keepdim=True) + 1e-20)
-            if self.scoring_func == "softmax":
-                return topk_scores  # V2: normalised weights are not scaled (upstream modeling code)
-        return topk_scores * self.routed_scaling_factor
+    def _weighing(self) -> dict[str, Any]:
+        """How scores become weights, in the terms of `op_routing`."""
+        sigmoid = self.scoring_func == "sigmoid"
+        normalise = self.norm_topk_prob and (self.top_k > 1 or sigmoid)
+        # V2: normalised weights are not scaled (upstream modeling code).
+        factor = 1.0 if normalise and not sigmoid else self.routed_scaling_factor
+        return {"sigmoid": sigmoid, "normalise": normalise, "factor": factor}
 
 
 class SoftmaxRouter(TopkRouter):
@@ -119,8 +117,8 @@ class SoftmaxRouter(TopkRouter):
         self.e_score_correction_bias = None
         self._last_topk_indices: torch.Tensor | None = None
 
-    def _weigh(self, topk_scores: torch.Tensor) -> torch.Tensor:
-        return topk_scores / topk_scores.sum(-1, keepdim=True) if self.norm_topk_prob else topk_scores
+    def _weighing(self) -> dict[str, Any]:
+        return {"sigmoid": False, "normalise": self.norm_topk_prob, "factor": 1.0}
 
 
 class RouterClassifier(nn.Module):
@@ -174,10 +172,8 @@ class ZeroExpertRouter(TopkRouter):
     def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.classifier(hidden_states)
 
-    def _weigh(self, topk_scores: torch.Tensor) -> torch.Tensor:
-        if self.norm_topk_prob:
-            topk_scores = topk_scores / (topk_scores.sum(-1, keepdim=True) + 1e-20)
-        return topk_scores * self.routed_scaling_factor
+    def _weighing(self) -> dict[str, Any]:
+        return {"sigmoid": False, "normalise": self.norm_topk_prob, "factor": self.routed_scaling_factor}
 
     def _apply(self, fn, recurse=True):
         def keep_wide(tensor: torch.Tensor) -> torch.Tensor:

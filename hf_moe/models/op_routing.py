@@ -27,29 +27,34 @@ def choose_experts_torch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition of `choose_experts`, also where its gradient comes from. Weights are those of `weigh_experts`."""
     scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
-    choice = scores.detach() if bias is None else scores.detach() + bias
-    choice = choice.masked_fill(choice.isnan(), float("-inf"))
-    if topk_group < num_group:
-        groups = choice.unflatten(-1, (num_group, -1))  # (T, G, E / G)
-        if best_two:
-            group_scores = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
-        else:
-            group_scores = groups.amax(-1)
-        kept = torch.zeros_like(group_scores, dtype=torch.bool)
-        kept.scatter_(-1, group_scores.topk(topk_group, dim=-1, sorted=False).indices, True)
-        choice = groups.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
-    indices = choice.topk(top_k, dim=-1).indices
-    return weigh_experts(logits, indices, sigmoid=sigmoid, normalise=normalise, factor=factor), indices
+    with torch.no_grad():
+        choice = (scores if bias is None else scores + bias).nan_to_num(float("-inf"), float("inf"), float("-inf"))
+        if topk_group < num_group:
+            groups = choice.unflatten(-1, (num_group, -1))  # (T, G, E / G)
+            if best_two:
+                group_scores = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
+            else:
+                group_scores = groups.amax(-1)
+            kept = torch.zeros_like(group_scores, dtype=torch.bool)
+            kept.scatter_(-1, group_scores.topk(topk_group, dim=-1, sorted=False).indices, True)
+            # Not 0: a biased score can be negative, and a masked expert must never beat it.
+            choice = groups.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
+        indices = choice.topk(top_k, dim=-1).indices
+    return _weigh(scores, indices, normalise, factor), indices
 
 
 def weigh_experts(
     logits: torch.Tensor, indices: torch.Tensor, *, sigmoid: bool, normalise: bool, factor: float
 ) -> torch.Tensor:
     """Weights (T, K) of chosen experts: their plain scores, normalised to a sum of 1 if asked, times `factor`."""
-    scores = (logits.sigmoid() if sigmoid else logits.softmax(-1)).gather(-1, indices)
+    return _weigh(logits.sigmoid() if sigmoid else logits.softmax(-1), indices, normalise, factor)
+
+
+def _weigh(scores: torch.Tensor, indices: torch.Tensor, normalise: bool, factor: float) -> torch.Tensor:
+    scores = scores.gather(-1, indices)
     if normalise:
         scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
-    return scores * factor
+    return scores if factor == 1.0 else scores * factor
 
 
 class _ChooseExperts(torch.autograd.Function):
@@ -108,7 +113,9 @@ def route(
         raise ValueError(f"top_k is {top_k}, and {num_experts // num_group * topk_group} experts can be chosen")
     choice = {"top_k": top_k, "num_group": num_group, "topk_group": topk_group, "best_two": best_two}
     weighing = {"sigmoid": sigmoid, "normalise": normalise, "factor": factor}
-    impl = impl or ("triton" if runs_kernels(logits.device) and logits.is_cuda else "torch")
+    if impl is None:
+        on_kernel = logits.is_cuda and logits.dtype == torch.float32 and runs_kernels(logits.device)
+        impl = "triton" if on_kernel and not torch.compiler.is_compiling() else "torch"
     if impl == "torch":
         return choose_experts_torch(logits, bias, **choice, **weighing)
     with on_device(logits):

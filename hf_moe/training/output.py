@@ -33,7 +33,8 @@ def write_result(trainer: FinetuneTrainer, result: TrainResult) -> Path:
         if trainer.tokenizer is not None:
             trainer.tokenizer.save_pretrained(str(staging))
         if importlib.util.find_spec("matplotlib") is not None and any("loss" in line for line in result.log):
-            draw_losses(result.log, staging / CHART, title=Path(args.output_dir).resolve().name)
+            title = f"{_public_name(args.model_name_or_path)} on {_public_name(args.dataset_name)}"
+            draw_losses(result.log, staging / CHART, title)
         write_card(staging / "README.md", trainer, result)
         for path in sorted(staging.iterdir()):
             os.replace(path, folder / path.name)

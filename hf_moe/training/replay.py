@@ -47,22 +47,22 @@ class _ReplayOften:
         return self.contexts.pop().__exit__(*error)
 
 
-def _choose(self: TopkRouter, scores: torch.Tensor) -> torch.Tensor:
+def _route(self: TopkRouter, router_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     active = _ACTIVE.get()
-    if active is None:
-        return type(self)._choose(self, scores)
-    mode, choices = active
-    if mode == "replay":
-        return choices.pop(0)
-    choices.append(type(self)._choose(self, scores))
-    return choices[-1]
+    if active is not None and active[0] == "replay":
+        topk_indices = active[1].pop(0)
+        return self.weigh(router_logits, topk_indices), topk_indices
+    topk_weights, topk_indices = type(self).route(self, router_logits)
+    if active is not None:
+        active[1].append(topk_indices)
+    return topk_weights, topk_indices
 
 
 def replay_routes(model: nn.Module) -> int:
     """Makes the routers of `model` replay inside of `replay_contexts`; returns how many there are."""
     routers = [module for module in model.modules() if isinstance(module, TopkRouter)]
     for router in routers:
-        router._choose = types.MethodType(_choose, router)
+        router.route = types.MethodType(_route, router)
     return len(routers)
 
 

@@ -45,7 +45,8 @@ def finetune(args: FinetuneArguments, callbacks: Sequence[Callback] = ()) -> Fin
         CheckpointError: for a checkpoint that cannot be taken up.
         FloatingPointError: when the loss is no longer a number.
     """
-    check_packages(args)
+    if args.use_peft and importlib.util.find_spec("peft") is None:
+        raise ImportError("LoRA needs peft: pip install 'hf-moe[train]'")
     check_output_dir(args)
     accelerator = make_accelerator(args)
     tokenizer = load_tokenizer(args)
@@ -78,13 +79,6 @@ def leave_process_group() -> None:
     """Ends communication with other processes, as the last thing a script does."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def check_packages(args: FinetuneArguments) -> None:
-    """Raises `ImportError` for what the extra `train` would have installed."""
-    for name in ("peft", "datasets") if args.use_peft else ("datasets",):
-        if importlib.util.find_spec(name) is None:
-            raise ImportError(f"fine-tuning needs {name}: pip install 'hf-moe[train]'")
 
 
 def check_output_dir(args: FinetuneArguments) -> None:

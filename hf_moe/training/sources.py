@@ -5,6 +5,7 @@ else a row holds is left aside. `conversations` of `from` and `value` are read a
 """
 
 import gzip
+import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -83,6 +84,7 @@ def _read_file(path: Path, text_field: str, sample_by: str) -> Iterator[Sample]:
 
 def _read_folder(path: Path, split: str, text_field: str, sample_by: str) -> Iterator[Sample]:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        _need_datasets(path)
         from datasets import load_from_disk
 
         data = load_from_disk(str(path))
@@ -98,6 +100,11 @@ def _read_folder(path: Path, split: str, text_field: str, sample_by: str) -> Ite
         raise DataError(f"{path} holds no file of a kind that is known: {', '.join(known)}")
     for file in files:
         yield from _read_file(file, text_field, sample_by)
+
+
+def _need_datasets(name: str | Path) -> None:
+    if importlib.util.find_spec("datasets") is None:
+        raise ImportError(f"{name} is read by datasets: pip install 'hf-moe[train]'")
 
 
 def _decode(data: bytes, path: Path, line: int) -> str:
@@ -165,6 +172,7 @@ def _read_text(path: Path, sample_by: str) -> Iterator[Sample]:
 
 
 def _read_table(path: Path, text_field: str) -> Iterator[Sample]:
+    _need_datasets(path)
     import pyarrow
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
@@ -181,6 +189,7 @@ def _read_table(path: Path, text_field: str) -> Iterator[Sample]:
 
 
 def _read_hub(name: str, config: str | None, split: str, text_field: str) -> Iterator[Sample]:
+    _need_datasets(name)
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

@@ -249,6 +249,7 @@ def test_starting_anew_leaves_no_old_checkpoints(tmp_path):
 
 
 def test_upload(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
     import huggingface_hub
 
     calls = []
