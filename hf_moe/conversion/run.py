@@ -170,6 +170,12 @@ def _partial_folder(target: Path) -> Iterator[Path]:
         os.close(lock)
         raise CheckpointError(f"{folder}: another conversion is writing to it.") from None
     try:
+        if not (folder / STATE_NAME).exists() and any((folder / FILES_NAME).iterdir()):
+            raise CheckpointError(f"{folder}: holds files that no conversion accounts for. Move them or remove it.")
+    except CheckpointError:
+        os.close(lock)
+        raise
+    try:
         yield folder
     finally:
         if not (folder / STATE_NAME).exists():
@@ -226,9 +232,6 @@ class _Job:
     def load_state(self) -> list[str]:
         """Takes over what an earlier run finished, checked by its checksums; returns those files' names."""
         if not self.state_path.exists():
-            if any(self.files.iterdir()):
-                folder = self.state_path.parent
-                raise CheckpointError(f"{folder}: holds files that no conversion accounts for. Remove it.")
             self.save_state()
             return []
         try:

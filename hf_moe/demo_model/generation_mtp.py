@@ -33,14 +33,18 @@ from transformers.generation import (
 
 from .generation_rows import RowCache, SingleLayerCache, check_cache, pick
 from .generation_sampling import AllowedTokens, Processing, accept_greedy, accept_sampled
-from .generation_schedule import DEFAULT_CONFIDENCE, DEFAULT_DRAFT_TOKENS, SCHEDULES, DraftSchedule, SpeculationReport
-from .layer_experts import Experts
+from .generation_schedule import (
+    DEFAULT_CONFIDENCE,
+    DEFAULT_DRAFT_TOKENS,
+    SCHEDULES,
+    DraftSchedule,
+    SpeculationReport,
+    draft_cost_ratio,
+)
 
-# While drafting pauses, MTP caches are brought up to date once so many slots have come together.
-_MAX_PENDING = 64
-# Steps beside the drafts themselves, in units of a plain step, where costs are assumed and not measured: a check of
-# more tokens touches more experts.
-_CHECK_SHARE = 0.25
+# While drafting pauses, states wait for the MTP layers, which see them at one go when it begins again, or when there
+# are so many.
+_MAX_PENDING = 4096
 
 
 @dataclass
@@ -74,8 +78,9 @@ class MTPGenerationMixin(GenerationMixin):
             num_assistant_tokens_schedule: `"adaptive"` (default: learns how many pay, down to none), `"constant"`, or
                 one of Transformers' heuristic ones. What greedy search learns is kept for later calls; sampling
                 learns acceptance alone and begins anew, so that a seed gives the same text again.
-            assistant_confidence_threshold: stop drafting where the most likely draft of every row has less than this
-                probability (default 0.3 with the adaptive schedule; 0, which is never, with the others).
+            assistant_confidence_threshold: no further draft where those of the step so far are less likely than this
+                to be right together, by the MTP layers' own probabilities and on average over the rows (default 0.2
+                with the adaptive schedule; 0, which is never, with the others).
             return_dict_in_generate: the output then has `speculation`, a `SpeculationReport`.
 
         Raises:
@@ -173,30 +178,6 @@ def _changed(config: GenerationConfig, changes: dict[str, Any]) -> GenerationCon
     return config
 
 
-def draft_cost_ratio(model: nn.Module) -> float:
-    """Estimated cost of a draft and its check, in plain steps, by the parameters that a token takes part in."""
-    per_token = model.config.num_experts_per_tok
-    head = sum(parameter.numel() for parameter in model.lm_head.parameters())
-    main = [_active_parameters(layer, per_token) for layer in model.model.layers[: model.config.num_hidden_layers]]
-    drafts = [_active_parameters(layer, per_token) for _, layer in model.model.mtp_layers()]
-    routed = sum(active for _, active in main)
-    step = sum(total for total, _ in main) + head
-    draft = max(total for total, _ in drafts) + head
-    return draft / step + _CHECK_SHARE * routed / step
-
-
-def _active_parameters(layer: nn.Module, experts_per_token: int) -> tuple[float, float]:
-    """Parameters of a layer that a token takes part in: all of them, and those of routed experts."""
-    total = routed = 0.0
-    for module in layer.modules():
-        own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-        if isinstance(module, Experts):
-            own *= min(1.0, experts_per_token / max(1, module.num_experts))
-            routed += own
-        total += own
-    return total, routed
-
-
 class MTPDecoding:
     """One `generate` call; see the head of this file for the terms."""
 
@@ -217,6 +198,8 @@ class MTPDecoding:
         self.do_sample = bool(generation_config.do_sample)
         self.report = SpeculationReport()
         self.schedule = self._schedule(input_ids.shape[0])
+        # On the CPU, what this thread worked: it has a part in every product, and other programs do not count.
+        self.clock = time.thread_time if self.device.type == "cpu" else time.perf_counter
         self.max_length = stopping_criteria.max_length
         self.criteria = [c for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
         ends = [c.eos_token_id.tolist() for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
@@ -234,7 +217,8 @@ class MTPDecoding:
         # Of the present step, one entry a draft.
         self.drafts: list[torch.Tensor] = []
         self.draft_probs: list[torch.Tensor] = []
-        self.confidence: list[torch.Tensor] = []
+        # (B, 1) probability that all drafts so far are right.
+        self.chances: list[torch.Tensor] = []
 
     def _schedule(self, batch: int) -> DraftSchedule:
         """A new schedule; or, where it learns from times, the one that earlier calls with such a batch have taught."""
@@ -292,7 +276,9 @@ class MTPDecoding:
         # Of tokens that came in a cache there are no states: MTP layers begin behind them.
         self.mtp_offset = self.past
         self.mtp_caches = [RowCache(SingleLayerCache(), [0] * len(self.rows), hidden_mask) for _ in self.layers]
-        self.pending, self.pending_lengths = None, [0] * len(self.rows)
+        # States (B, n, hidden) that MTP layers have yet to see, and how many of them count in each row.
+        self.pending: list[tuple[torch.Tensor, list[int]]] = []
+        self.pending_lengths = [0] * len(self.rows)
         for start in range(self.past, self.prompt, chunk):
             end = min(start + chunk, self.prompt)
             if self.prompt_embeds is None:
@@ -324,21 +310,27 @@ class MTPDecoding:
     # --- drafting ---------------------------------------------------------------------------------------------------
 
     def _add_pending(self, states: torch.Tensor, counts: list[int]) -> None:
-        """Appends the first `counts[b]` of the new states (B, n, hidden) to those that MTP layers have yet to see."""
-        if self.pending is None:
-            self.pending, self.pending_lengths = states, counts
-            return
-        if len(set(self.pending_lengths)) == 1:
-            joined = torch.cat((self.pending[:, : self.pending_lengths[0]], states), dim=1)
-        else:
-            width = self.pending.shape[1]
-            joined = torch.cat((self.pending, states), dim=1)
-            columns = torch.arange(joined.shape[1], device=joined.device).unsqueeze(0)
-            ends = torch.tensor(self.pending_lengths, device=joined.device).unsqueeze(1)
-            columns = torch.where(columns < ends, columns, columns - ends + width).clamp(max=joined.shape[1] - 1)
-            joined = pick(joined, columns)
+        """Adds the first `counts[b]` of the new states (B, n, hidden) to those that MTP layers have yet to see."""
+        self.pending.append((states, counts))
         self.pending_lengths = [old + count for old, count in zip(self.pending_lengths, counts)]
-        self.pending = joined[:, : max(self.pending_lengths)]
+
+    def _join_pending(self) -> torch.Tensor:
+        """The pending states as one tensor (B, W, hidden), each row's from the left."""
+        parts = [part for part, _ in self.pending]
+        states = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        columns, start = [[] for _ in self.pending_lengths], 0
+        for part, counts in self.pending:
+            for row, count in zip(columns, counts):
+                row.extend(range(start, start + count))
+            start += part.shape[1]
+        width = max(self.pending_lengths)
+        if all(row[-1:] == [len(row) - 1] for row in columns if row):  # nothing before a row's last is left out
+            states = states[:, :width]
+        else:
+            columns = [row + [0] * (width - len(row)) for row in columns]
+            states = pick(states, torch.tensor(columns, device=states.device))
+        self.pending = [(states, self.pending_lengths)]
+        return states
 
     def _window(self, heads: int) -> tuple[torch.Tensor, torch.Tensor | int]:
         """Runs all depths over the pending states, drafting with the first `heads` of them.
@@ -346,9 +338,10 @@ class MTPDecoding:
         Returns the last depth's state (B, 1, hidden) at the last slot, and which of the window's slots are real, as
         `RowCache.mask` takes it.
         """
-        width = self.pending.shape[1]
+        pending = self._join_pending()
+        width = pending.shape[1]
         starts = [length + self.mtp_offset for length in self.mtp_caches[0].lengths]
-        device = self.pending.device
+        device = pending.device
         columns = torch.arange(width, device=device)
         slots = torch.tensor(starts, device=device).unsqueeze(1) + columns  # (B, W)
         even = all(length == width for length in self.pending_lengths)
@@ -360,7 +353,7 @@ class MTPDecoding:
                 new = new & ~(hidden & (slots < self.prompt))
         last = torch.tensor(self.pending_lengths, device=device).unsqueeze(1) - 1  # (B, 1)
         positions = slots + self.shift.to(device)
-        states, drafts_at = self.pending, torch.tensor(self.lengths, device=device).unsqueeze(1)
+        states, drafts_at = pending, torch.tensor(self.lengths, device=device).unsqueeze(1)
         final = None
         for depth, (layer, cache) in enumerate(zip(self.layers, self.mtp_caches)):
             states = self.model.model.mtp_forward(
@@ -392,17 +385,20 @@ class MTPDecoding:
     def _draft_token(self, layer: nn.Module, state: torch.Tensor, index: int, drafts_at: torch.Tensor) -> None:
         """Drafts token `index` of the step from a state (B, 1, hidden)."""
         logits = self.model.mtp_head(layer)(state).to(device=self.device, dtype=torch.float32)
-        lengths = [length + index for length in self.lengths]
+        lengths = [length + index for length in self.lengths] if self.processing.processors else []
         scores = self.processing(logits, self.tokens, self.first, lengths, self.rows)
+        threshold = self.settings.confidence_threshold
         if self.do_sample:
             probs = scores.softmax(-1)
             token = torch.multinomial(probs[:, 0], 1)
             self.draft_probs.append(probs)
+            chance = probs.amax(-1) if threshold else None  # (B, 1)
+        elif threshold:
+            chance, token = scores.softmax(-1).max(-1)
         else:
-            token = scores.argmax(-1)
-            probs = scores.softmax(-1) if self.settings.confidence_threshold else None
-        if self.settings.confidence_threshold:
-            self.confidence.append(probs.amax(-1))  # (B, 1)
+            chance, token = None, scores.argmax(-1)
+        if chance is not None:
+            self.chances.append(chance * self.chances[-1] if self.chances else chance)
         self.drafts.append(token)
         self.tokens.scatter_(1, drafts_at.to(self.device) + index, token)
 
@@ -413,41 +409,39 @@ class MTPDecoding:
         layer, cache = self.layers[-1], self.mtp_caches[-1]
         ends = torch.tensor(self.lengths, device=state.device).unsqueeze(1)
         for index in range(depths, count):
-            if self._unsure(wait=False):
+            if self.device.type == "cpu" and self._sure_drafts() < index:
                 break
             # One slot behind the last state, whose token is the newest draft.
-            ahead = index - depths + 1
-            slots = ends - 2 + ahead
             if isinstance(new, int):
                 new = new + 1
             else:
                 new = torch.cat((new, new.new_ones((len(self.rows), 1))), dim=1)
-            mask = cache.mask(new, state.device)
-            embeds = self._embed(layer, slots + depths)
-            positions = slots + self.shift.to(state.device)
-            state = self.model.model.mtp_forward(layer, state, embeds, mask, positions, past_key_values=cache.cache).to(
-                state.device
-            )
+            state = self.model.model.mtp_forward(
+                layer,
+                state,
+                self.model.mtp_embed(layer, self._place(self.drafts[-1])),
+                cache.mask(new, state.device),
+                ends + (index - depths - 1) + self.shift.to(state.device),
+                past_key_values=cache.cache,
+            ).to(state.device)
             self._draft_token(layer, state, index, ends)
-        self._unsure(wait=True)
+        kept = min(len(self.drafts), self._sure_drafts() + 1)
+        self.drafts, self.draft_probs = self.drafts[:kept], self.draft_probs[:kept]
         self._commit_window()
-        return len(self.drafts)
+        return kept
 
-    def _unsure(self, wait: bool) -> bool:
-        """Whether drafts so far fall below the confidence threshold in every row; drops those that do.
+    def _sure_drafts(self) -> int:
+        """How many drafts of the step, from the first, are worth another one behind them.
 
-        The decision rests on the distribution of a draft, never on the token drawn from it, so that sampling stays
+        The decision rests on the distributions of drafts, never on the tokens drawn from them, so that sampling stays
         exact. On an accelerator it is taken once per step, since reading it waits for the device.
         """
-        if not self.confidence or (self.device.type != "cpu" and not wait):
-            return False
-        sure = (torch.cat(self.confidence, dim=1) >= self.settings.confidence_threshold).long().cumprod(1).sum(1)
-        count = int(sure.max())
-        if count == len(self.drafts):
-            return False
-        self.drafts, self.draft_probs = self.drafts[:count], self.draft_probs[:count]
-        self.confidence = self.confidence[:count]
-        return True
+        if not self.chances:
+            return len(self.drafts)
+        if len(self.rows) == len(self.chances) == 1:
+            return int(float(self.chances[0]) >= self.settings.confidence_threshold)
+        means = torch.cat(self.chances, dim=1).mean(0)  # (drafts,), falling
+        return int((means >= self.settings.confidence_threshold).sum())
 
     def _commit_window(self) -> None:
         """Keeps in the MTP caches what rests on known tokens, and the states of the rest."""
@@ -459,13 +453,12 @@ class MTPDecoding:
             cache.commit(kept)
         left = [pending - count for pending, count in zip(self.pending_lengths, kept)]
         width = max(left)
-        if width == 0:
-            self.pending = self.pending[:, :0]
-        else:
-            starts = torch.tensor(kept, device=self.pending.device).unsqueeze(1)
-            columns = starts + torch.arange(width, device=self.pending.device)
-            self.pending = pick(self.pending, columns.clamp(max=self.pending.shape[1] - 1))
-        self.pending_lengths = left
+        states = self.pending[0][0]  # `_window` joined them
+        self.pending, self.pending_lengths = [], left
+        if width:
+            starts = torch.tensor(kept, device=states.device).unsqueeze(1)
+            columns = starts + torch.arange(width, device=states.device)
+            self.pending = [(pick(states, columns.clamp(max=states.shape[1] - 1)), left)]
 
     def _catch_up(self) -> None:
         """Runs the MTP layers over pending states without drafting."""
@@ -479,17 +472,22 @@ class MTPDecoding:
         logits = self.model.lm_head(self._prefill()).to(device=self.device, dtype=torch.float32)
         self._take(logits, drafted=0)
         while self.rows:
-            started = time.perf_counter()
+            started = self.clock()
             self._make_room()
             planned = self.schedule.choose(self._draft_limit())
-            self.drafts, self.draft_probs, self.confidence = [], [], []
+            self.drafts, self.draft_probs, self.chances = [], [], []
+            # What waits since a pause, or since the prompt, makes the step that sees it a long one.
+            waiting = max(self.pending_lengths)
+            usual = waiting <= 2 * (self.settings.num_assistant_tokens + 1) + len(self.layers)
             drafted = self._draft(planned) if planned else 0
-            if not planned and max(self.pending_lengths) >= _MAX_PENDING:
+            if not planned and waiting >= _MAX_PENDING:
                 self._catch_up()
             states = self._check(drafted)
             logits = self.model.lm_head(states).to(device=self.device, dtype=torch.float32)
             accepted = self._take(logits, drafted, states)
-            self.schedule.record(planned, accepted, time.perf_counter() - started)
+            usual = usual or (not planned and waiting < _MAX_PENDING)
+            seconds = self.clock() - started if usual else None
+            self.schedule.record(planned, accepted, seconds, drafted)
             self.report.record(drafted, accepted)
         return self._finish()
 
@@ -621,9 +619,8 @@ class MTPDecoding:
             cache.select(active)
         index = torch.tensor(active, device=self.device)
         self.tokens, self.shift = self.tokens[index], self.shift[index]
-        self.pending = self.pending[index.to(self.pending.device)]
+        self.pending = [(part[index.to(part.device)], [counts[i] for i in active]) for part, counts in self.pending]
         self.pending_lengths = [self.pending_lengths[i] for i in active]
-        self.pending = self.pending[:, : max(self.pending_lengths)]
 
     def _is_full(self, length: int) -> bool:
         """Whether a row with `length` known tokens may get no more."""

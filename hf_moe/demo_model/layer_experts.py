@@ -28,6 +28,7 @@ class Experts(Fp8Module):
 
     fp8_parts = {"gate_up_proj": 2, "down_proj": 1}
     lora_class = ExpertLora  # what `forward` takes as `lora`; a bundle's modules name their own copy
+    local_lora: ExpertLora | None = None  # the same where the call goes through others, who would not pass it on
 
     def __init__(self, config):
         super().__init__()

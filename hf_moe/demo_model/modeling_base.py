@@ -68,6 +68,16 @@ class MoePreTrainedModel(PreTrainedModel):
 
     # --- defaults -------------------------------------------------------------------------------------------------
 
+    def post_init(self):
+        """As in Transformers; see `name_present_layers`."""
+        super().post_init()
+        self.name_present_layers()
+
+    def name_present_layers(self) -> None:
+        """Leaves in `_no_split_modules` the classes that occur: Accelerate's FSDP looks for each, MTP layers too."""
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = present & {*self._no_split_modules, *(type(self)._no_split_modules or ())}
+
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """As in Transformers, with our per-call choice as the default.
 
@@ -285,6 +295,20 @@ class MoePreTrainedModel(PreTrainedModel):
                 kwargs["quantization_config"] = quantization_config
         return super().from_pretrained(path, *model_args, config=config, **kwargs)
 
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
+        """As in Transformers; experts that ranks share out leave the plan of tensor parallelism, which PEFT reads."""
+        model = super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+        if _is_expert_parallel(distributed_config):
+            experts = {_numbered(name) for name, module in model.named_modules() if isinstance(module, Experts)}
+            # Older Transformers give the plan of expert parallelism in its place.
+            for name in ("_tp_plan",) if hasattr(distributed_config, "ep_size") else ("_tp_plan", "_ep_plan"):
+                plan = getattr(model, name) or {}
+                setattr(
+                    model, name, {rule: plan[rule] for rule in plan if not experts & {rule, rule.rpartition(".")[0]}}
+                )
+        return model
+
     # The one private hook: the model is still empty here, and the files are known. `tests/test_tree.py` fails
     # when its signature changes.
     @staticmethod
@@ -371,6 +395,11 @@ def _drop_fp8_config(config: PreTrainedConfig) -> None:
             del holder.quantization_config
 
 
+def _is_expert_parallel(distributed_config: Any) -> bool:
+    by_size = (getattr(distributed_config, "ep_size", None) or 1) > 1
+    return by_size or getattr(distributed_config, "enable_expert_parallel", False)
+
+
 def _refuse_for_fp8(arguments: dict[str, Any]) -> None:
     """Raises for ways to load that would mistake FP8 weights for plain ones.
 
@@ -378,11 +407,10 @@ def _refuse_for_fp8(arguments: dict[str, Any]) -> None:
         ValueError: with what to do instead.
     """
     distributed = arguments.get("distributed_config")
-    by_expert = (getattr(distributed, "ep_size", None) or 1) > 1 or getattr(
-        distributed, "enable_expert_parallel", False
-    )
     sharded = any((getattr(distributed, name, None) or 1) > 1 for name in ("fsdp_size", "dp_replicate_size", "pp_size"))
-    if arguments.get("tp_plan") is not None or (distributed is not None and (sharded or not by_expert)):
+    if arguments.get("tp_plan") is not None or (
+        distributed is not None and (sharded or not _is_expert_parallel(distributed))
+    ):
         raise ValueError(
             "FP8 weights can be sharded by expert alone: `DistributedConfig(tp_size=N, ep_size=N)` leaves all others "
             "whole on every device. Pass `dequantize=True` for any other sharding."
@@ -517,6 +545,8 @@ def _fit_model(model: MoePreTrainedModel, tensors: dict[str, Any], options: dict
     names = {model.checkpoint_stem(name): name for name in tensors}
     count = model.count_mtp_layers(set(names))
     model.resize_mtp_layers(count)
+    for holder in (model.base_model, model):
+        holder.name_present_layers()
     for duplicate, original in model.mtp_duplicates().items():
         duplicate, original = names.get(_stem(duplicate)), names.get(_stem(original))
         if duplicate is None:

@@ -31,26 +31,47 @@ class _Fixed(NamedTuple):
     kept_factor: float
 
 
+# oneDNN, which multiplies bfloat16 and float16, compiles a kernel for every number of rows that it meets. In steps of
+# this many there are few.
+_ROWS_STEP = 16
+
+
 class _Rows(NamedTuple):
-    """The rows of one expert."""
+    """The rows of one expert, and behind them some to be ignored: copies of the first one, without weight."""
 
     expert: int
     at: slice  # of the sorted rows
     slots: torch.Tensor  # (n,)
     tokens: torch.Tensor  # (n,)
+    count: int  # of its rows alone
+
+    def weights(self, topk_weights: torch.Tensor) -> torch.Tensor:
+        """Routing weights (n, 1)."""
+        weights = topk_weights.flatten().index_select(0, self.slots)
+        if self.count < len(weights):
+            weights[self.count :] = 0.0
+        return weights.unsqueeze(1)
 
 
-def _rows_by_expert(topk_indices: torch.Tensor, num_experts: int) -> Iterator[_Rows]:
+def _rows_by_expert(topk_indices: torch.Tensor, num_experts: int, dtype: torch.dtype) -> Iterator[_Rows]:
     """Experts that have rows, in order."""
+    step = _ROWS_STEP if topk_indices.device.type == "cpu" and dtype.itemsize == 2 else 1
     top_k, ids = topk_indices.shape[1], topk_indices.flatten()
     ids = ids.where((ids >= 0) & (ids < num_experts), num_experts)
     order = ids.argsort(stable=True)
-    start = 0
+    start = place = 0
     for expert, count in enumerate(torch.bincount(ids, minlength=num_experts)[:num_experts].tolist()):
         if count:
-            slots = order[start : start + count]
-            yield _Rows(expert, slice(start, start + count), slots, slots // top_k)
-            start += count
+            slots, size = order[start : start + count], -(-count // step) * step
+            if size > count:
+                slots = torch.cat((slots, slots[:1].expand(size - count)))
+            yield _Rows(expert, slice(place, place + size), slots, slots // top_k, count)
+            start, place = start + count, place + size
+
+
+def _num_rows(topk_indices: torch.Tensor, num_experts: int, dtype: torch.dtype) -> int:
+    """A bound of the sorted rows."""
+    return topk_indices.numel() + (num_experts * (_ROWS_STEP - 1) if dtype.itemsize == 2 else 0)
 
 
 def _matrix(weight: torch.Tensor, scale: torch.Tensor | None, expert: int, dtype: torch.dtype, parts: int):
@@ -82,14 +103,15 @@ def _forward(hidden, topk_weights, gate_up_proj, down_proj, factors, fixed: _Fix
     of every expert that has rows."""
     num_experts, dtype = gate_up_proj.shape[0], hidden.dtype
     gate_up_a, gate_up_b, down_a, down_b = (factor if factor is None else factor.to(dtype) for factor in factors)
-    slots = fixed.topk_indices.numel()
+    slots = _num_rows(fixed.topk_indices, num_experts, dtype)
     low = hidden.new_empty(slots, gate_up_a.shape[1]) if save and gate_up_a is not None else None
     low_inner = hidden.new_empty(slots, down_a.shape[1]) if save and down_a is not None else None
     # One tensor an expert: a large one would come as fresh pages from the system in every step.
     pre = []
     output = hidden.new_zeros(hidden.shape, dtype=torch.promote_types(dtype, torch.float32))
-    weights = topk_weights.flatten().to(output.dtype).unsqueeze(1)
-    for expert, at, places, tokens in _rows_by_expert(fixed.topk_indices, num_experts):
+    topk_weights = topk_weights.to(output.dtype)
+    for rows_of_expert in _rows_by_expert(fixed.topk_indices, num_experts, dtype):
+        expert, at, places, tokens, count = rows_of_expert
         x = hidden.index_select(0, tokens)
         small = b = None
         if gate_up_a is not None:
@@ -111,9 +133,9 @@ def _forward(hidden, topk_weights, gate_up_proj, down_proj, factors, fixed: _Fix
             if save:
                 low_inner[at] = small
         rows = _product(inner, _matrix(down_proj, fixed.down_scale, expert, dtype, 1).t(), small, b)  # (n, H)
-        weight = weights.index_select(0, places)
+        weight = rows_of_expert.weights(topk_weights)
         rows = rows.mul_(weight) if rows.dtype == output.dtype else rows * weight
-        output.index_add_(0, tokens, rows)
+        output.index_add_(0, tokens[:count], rows[:count])
     return output.to(dtype), (low, low_inner, *pre)
 
 
@@ -143,7 +165,7 @@ class _ExpertsCpu(torch.autograd.Function):
         ]
         cast = (factor if factor is None else factor.to(hidden.dtype) for factor in factors)
         inputs = _Inputs(hidden, topk_weights, gate_up_proj, down_proj, *cast, low, low_inner)
-        for rows, both in zip(_rows_by_expert(ctx.fixed.topk_indices, gate_up_proj.shape[0]), pre):
+        for rows, both in zip(_rows_by_expert(ctx.fixed.topk_indices, gate_up_proj.shape[0], hidden.dtype), pre):
             _backward_expert(rows, both, grad_output, inputs, ctx.fixed, grads)
         grads[:2] = [grad.to(tensor.dtype) for grad, tensor in zip(grads[:2], tensors)]
         return *grads[:4], None, *grads[4:]
@@ -166,9 +188,9 @@ class _Inputs(NamedTuple):
 
 def _backward_expert(rows: _Rows, pre, grad_output: torch.Tensor, inputs: _Inputs, fixed: _Fixed, grads: list) -> None:
     """Adds one expert's part to `grads`: of tokens, routing weights, both weights and the four factors."""
-    expert, at, slots, tokens = rows
+    expert, at, slots, tokens, count = rows
     dtype, down_a, down_b = inputs.hidden.dtype, inputs.down_a, inputs.down_b
-    weight = inputs.topk_weights.flatten().index_select(0, slots).unsqueeze(1)  # (n, 1)
+    weight = rows.weights(inputs.topk_weights)  # (n, 1)
     gate, up = pre.chunk(2, dim=-1)
     sums = grad_output.index_select(0, tokens)  # (n, H)
     activated = F.silu(gate)
@@ -191,7 +213,8 @@ def _backward_expert(rows: _Rows, pre, grad_output: torch.Tensor, inputs: _Input
         del kept
     del matrix
     # Each slot once: nothing to add to.
-    grads[1].view(-1)[slots] = torch.linalg.vecdot(grad_inner.to(grads[1].dtype), inner.to(grads[1].dtype))
+    dots = torch.linalg.vecdot(grad_inner.to(grads[1].dtype), inner.to(grads[1].dtype))
+    grads[1].view(-1)[slots[:count]] = dots[:count]
     grad_inner = grad_inner.mul_(weight) if weight.dtype == dtype else (grad_inner * weight).to(dtype)
     if grads[3] is not None:
         torch.mm((sums * weight).to(dtype).t(), inner, out=grads[3][expert])
@@ -206,7 +229,7 @@ def _backward_expert(rows: _Rows, pre, grad_output: torch.Tensor, inputs: _Input
 
 
 def _backward_gate_up(rows: _Rows, grad_pre: torch.Tensor, inputs: _Inputs, fixed: _Fixed, grads: list) -> None:
-    expert, at, _, tokens = rows
+    expert, at, _, tokens, count = rows
     hidden, gate_up_a, gate_up_b = inputs.hidden, inputs.gate_up_a, inputs.gate_up_b
     matrix = _matrix(inputs.gate_up_proj, fixed.gate_up_scale, expert, hidden.dtype, 2)
     x = hidden.index_select(0, tokens) if grads[2] is not None or grads[4] is not None else None
@@ -225,7 +248,7 @@ def _backward_gate_up(rows: _Rows, grad_pre: torch.Tensor, inputs: _Inputs, fixe
             _write_product(small.t(), _keep(x, fixed.kept_hidden, tokens, fixed.kept_factor), grads[4][expert])
         if grads[5] is not None:
             _write_product(inputs.low[at].t(), grad_pre, grads[5][expert].t())
-    grads[0].index_add_(0, tokens, grad_x.to(grads[0].dtype))
+    grads[0].index_add_(0, tokens[:count], grad_x[:count].to(grads[0].dtype))
 
 
 def experts_cpu_training(hidden, topk_indices, topk_weights, weights: tuple, lora, with_grad: bool) -> torch.Tensor:

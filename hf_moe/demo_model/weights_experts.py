@@ -35,7 +35,7 @@ _DISPATCHES = importlib.util.find_spec("transformers.distributed.expert_parallel
 _MergesExperts = ConversionOps if _DISPATCHES else MergeModulelist
 
 
-class StackExperts(_MergesExperts):
+class Stacking(ConversionOps):
     """Per-expert matrices to one fused parameter, filled expert by expert so that each source is freed at once."""
 
     @torch.no_grad()
@@ -60,6 +60,10 @@ class StackExperts(_MergesExperts):
         with ThreadPoolExecutor(max_workers=_READERS) as readers:
             list(readers.map(fill, range(counts[0])))
         return {target_patterns[0]: stacked}
+
+
+class StackExperts(Stacking, _MergesExperts):
+    """`Stacking` of tensors that come expert by expert."""
 
     @property
     def reverse_op(self) -> ConversionOps:

@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
+from yaml import YAMLError
 
 from ..inspect import cost
 from ..inspect.architecture import READERS, read_architecture
@@ -28,6 +29,9 @@ from .manifest import MANIFEST
 TEMPLATE = Path(__file__).parent / "card.md"
 CONTEXT = 32768  # tokens of the cache in the table of memory
 PRECISIONS = {"bf16": "bfloat16", "fp8": "block FP8", "int4": "INT4 experts"}
+# Model types that Transformers has itself. Of others, `AutoTokenizer` reads the configuration before it looks at the
+# tokenizer, and fails on YaRN unless a class for it is registered or trusted.
+NATIVE = ("deepseek_v2", "deepseek_v3", "longcat_flash")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 LICENCE_FILE = re.compile(r"(licen[cs]e|copying)([-._].*)?", re.IGNORECASE)
 # What the Hub accepts as `license`, of those that weights have most often; others are `other` with a name.
@@ -127,7 +131,7 @@ def _readme_metadata(folder: Path) -> dict[str, Any]:
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
         stated = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
-    except ValueError:  # metadata that is not YAML: the README is kept or replaced, but says nothing
+    except (ValueError, YAMLError):  # metadata that cannot be read: the README says nothing then
         return {}
     return {key: stated[key] for key in ("base_model", "license", "license_name", "license_link") if stated.get(key)}
 
@@ -319,8 +323,8 @@ def snippets(checkpoint: Checkpoint, model_type: str, base: str | None) -> list[
     ]
     if tokenized or base:
         where = "name" if tokenized else f'"{base}"'
-        slow = tokenized and "tokenizer.json" not in checkpoint.files
-        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({where}{remote if slow else ''})")
+        plain = tokenized and "tokenizer.json" in checkpoint.files and model_type in NATIVE
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({where}{'' if plain else remote})")
         lines += _prompt(checkpoint.chat_template or not tokenized)
         start = 'inputs["input_ids"].shape[1]'
     else:
@@ -404,14 +408,14 @@ def _conversion(checkpoint: Checkpoint) -> tuple[str, list[dict[str, str]], list
         files = _file_rows(source.get("files"))
         if files:
             checksums.append(
-                {"title": f"SHA-256 of the {len(files)} weight files that step {number} read", "files": files}
+                {"title": f"SHA-256 of the weight files that step {number} read ({len(files)})", "files": files}
             )
     # The card is among the files of the record where it was carried: its own checksum cannot stand in it.
     listed = checkpoint.manifest.get("files")
     weights = {name: entry for name, entry in listed.items() if name.endswith(".safetensors")} if listed else {}
     files = _file_rows(weights)
     if files:
-        checksums.insert(0, {"title": f"SHA-256 of the {len(files)} weight files here", "files": files})
+        checksums.insert(0, {"title": f"SHA-256 of the weight files here ({len(files)})", "files": files})
     return f"Converted by hf_moe; `{MANIFEST}` has the whole record.", rows, checksums
 
 

@@ -216,6 +216,8 @@ def make_fast_tokenizer(files: Mapping[str, bytes], origin: str = "") -> FastTok
     tokenizer = build_tokenizer(ranks, special_tokens(config, len(ranks), prefix + CONFIG))
     code = _remote_code(config)
     config = {key: value for key, value in config.items() if key not in ("auto_map", "vocab_file")}
+    if not config.get("extra_special_tokens"):
+        config.pop("extra_special_tokens", None)  # empty, it would hide `additional_special_tokens`
     # The name that every release of Transformers, and other engines, know.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["clean_up_tokenization_spaces"] = False  # as the remote code does, whatever the file says

@@ -100,6 +100,18 @@ def test_outputs_and_gradients(backend, case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 3, 30])
+def test_experts_that_nobody_chose_leave_no_trace(tokens, dtype):
+    experts = make_experts(BACKEND_NAME, dtype)
+    topk_indices = torch.stack([torch.randperm(EXPERTS - 1)[:TOP_K] for _ in range(tokens)])
+    call = (torch.randn(tokens, experts.hidden_dim).to(dtype), topk_indices, torch.rand(tokens, TOP_K))
+    with torch.no_grad():
+        expected = experts(*call)
+        experts.gate_up_proj[-1], experts.down_proj[-1] = float("nan"), float("inf")
+        assert torch.equal(experts(*call), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sentinels", [False, True], ids=["all_local", "some_elsewhere"])
 @pytest.mark.parametrize("case", ["one_token", "all_experts", "odd_tokens", "empty_experts", "all_on_one"])
 @pytest.mark.parametrize("backend", BACKENDS)

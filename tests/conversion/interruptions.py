@@ -1,0 +1,64 @@
+"""Runs a conversion again and again, killed each time, then once to its end. Run by test_engine.py as a process.
+
+    python interruptions.py SOURCE TARGET KILLS SEED SIGNAL
+
+The children are forks, so that ten of them do not import the libraries ten times. Prints a JSON object: how many files
+were finished after each kill, and the return codes.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+from hf_moe.cli import app
+
+# Imported before forking.
+import hf_moe.conversion.command  # noqa: F401  isort: skip
+
+
+def start(source: str, target: str) -> int:
+    """Forks a child that runs the command."""
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        app(["convert", source, target, "--to", "bf16", "--max-shard-size", "1MB"], standalone_mode=True)
+        code = 0
+    except SystemExit as exit_:
+        code = exit_.code or 0
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def finished(target: Path) -> int:
+    """Weight files that the state accounts for; -1 without a state."""
+    path = target.with_name(target.name + ".partial") / "state.json"
+    return len(json.loads(path.read_text())["finished"]) if path.exists() else -1
+
+
+def main() -> None:
+    source, target, kills, seed, signal_name = sys.argv[1:]
+    picker, counts, codes = random.Random(int(seed)), [], []
+    os.dup2(2, 1)  # tables of the children; the report goes to the descriptor below
+    for _ in range(int(kills)):
+        child, before = start(source, target), finished(Path(target))
+        while finished(Path(target)) <= before:  # a kill after something was done; the rest is chance
+            time.sleep(0.001)
+        time.sleep(picker.uniform(0.0, 0.08))
+        os.kill(child, getattr(signal, signal_name))
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        counts.append(finished(Path(target)))
+        assert not Path(target).exists() or codes[-1] == 0
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(start(source, target), 0)[1]))
+    Path(f"{target}.json").write_text(json.dumps({"finished": counts, "codes": codes}))
+
+
+if __name__ == "__main__":
+    main()
