@@ -22,7 +22,6 @@ def run_push(folder: Path, repo: str, options: PushOptions, dry_run: bool) -> No
         verify_before_push(folder)
         print_plan(plan, options, console)
         return
-    console.print(f"verifying {folder} ...")
     done = push(folder, repo, options, report=console.print, plan=plan)
     for name in plan.left:
         console.print(f"left behind: {name}")

@@ -8,6 +8,7 @@ of them. The way to the Hub is `huggingface_hub` alone.
 
 import fnmatch
 import importlib
+import importlib.util
 import json
 import os
 import time
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import get_session, validate_repo_id
 
@@ -68,6 +69,10 @@ class Upload:
     @property
     def size(self) -> int:
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+
+    def operation(self) -> CommitOperationAdd:
+        """As the client takes it."""
+        return CommitOperationAdd(self.name, self.content if isinstance(self.content, bytes) else str(self.content))
 
 
 @dataclass
@@ -230,11 +235,16 @@ def push(
         PushError: for a folder that `verify` rejects, and for every refusal or failure of the Hub.
     """
     plan = plan or plan_push(folder, repo, options)
-    verify_before_push(folder)
     api = HfApi(token=options.token)
+    with clear_errors(repo):  # a wrong token should not show after an hour of reading weights
+        exists = _look(api, repo, options, report)
+    report(f"verifying {folder} ...")
+    verify_before_push(folder)
     with clear_errors(repo):
-        url = _open_repository(api, repo, options, report)
-        if options.revision not in (None, "main"):
+        if not exists:
+            api.create_repo(repo, private=not options.public, exist_ok=True)
+            report(f"created {repo} ({'public' if options.public else 'private'})")
+        if options.revision not in (None, "main") and not options.revision.startswith("refs/"):
             api.create_branch(repo, branch=options.revision, exist_ok=True)
         uploads = [upload for upload in plan.uploads if not (upload.name == README and _theirs(api, plan, options))]
         if len(uploads) < len(plan.uploads):
@@ -246,24 +256,22 @@ def push(
             commit_message=options.message or f"Upload {plan.repo.rpartition('/')[2]} with hf-moe",
             revision=options.revision,
         )
-    return Pushed(url, commit.oid, len(uploads), sum(upload.size for upload in uploads))
+    return Pushed(f"{api.endpoint}/{repo}", commit.oid, len(uploads), sum(upload.size for upload in uploads))
 
 
-def _open_repository(api: HfApi, repo: str, options: PushOptions, report: Callable[[str], None]) -> str:
-    """Creates the repository, or looks at the one that is there; returns its address."""
+def _look(api: HfApi, repo: str, options: PushOptions, report: Callable[[str], None]) -> bool:
+    """Whether the repository exists; refuses to fill a public one unless so told."""
     try:
         private = bool(api.repo_info(repo).private)
     except RepositoryNotFoundError as error:
         if getattr(getattr(error, "response", None), "status_code", 404) == 401:
             raise  # not "no such repository" but "no such token"
-        url = str(api.create_repo(repo, private=not options.public, exist_ok=True))
-        report(f"created {url} ({'public' if options.public else 'private'})")
-        return url
+        return False
     if not private and not options.public:
         raise PushError(f"{repo} exists and is public, so that all would see the files: give --public if they may.")
     if private and options.public:
         report(f"{repo} exists and is private; it stays so. Its settings on the Hub can make it public.")
-    return f"{api.endpoint}/{repo}"
+    return True
 
 
 def _theirs(api: HfApi, plan: Plan, options: PushOptions) -> bool:
@@ -282,14 +290,19 @@ def _upload_large(
     """Sends the content of large files, smallest name first; returns the operations of the commit for all files."""
     operations, sent, total = [], 0, sum(upload.size for upload in uploads)
     started = time.monotonic()
+    how = {"revision": options.revision, "num_threads": FILES_AT_ONCE, "free_memory": False}
     for batch in _batches(uploads):
-        group = [
-            CommitOperationAdd(
-                upload.name, upload.content if isinstance(upload.content, bytes) else str(upload.content)
-            )
-            for upload in batch
-        ]
-        api.preupload_lfs_files(repo, group, revision=options.revision, num_threads=FILES_AT_ONCE, free_memory=False)
+        group = [upload.operation() for upload in batch]
+        try:
+            api.preupload_lfs_files(repo, group, **how)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, HfHubHTTPError) or not _xet_in_use():
+                raise
+            # Its storage is another server, which a firewall may not let through, and a mirror of the Hub may not have.
+            report(f"Xet storage cannot be reached, so that files are sent whole: {error}")
+            without_xet()
+            group = [upload.operation() for upload in batch]
+            api.preupload_lfs_files(repo, group, **how)
         operations += group
         sent += sum(upload.size for upload in batch)
         elapsed = max(time.monotonic() - started, 1e-3)
@@ -299,6 +312,15 @@ def _upload_large(
             f"{bytes_text(sent / elapsed)}/s, {left:.0f} s left"
         )
     return operations
+
+
+def without_xet() -> None:
+    """Switches the client to plain uploads, until the process ends; it reads the switch at every upload."""
+    constants.HF_HUB_DISABLE_XET = True
+
+
+def _xet_in_use() -> bool:
+    return not constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet") is not None
 
 
 def _batches(uploads: list[Upload]) -> Iterator[list[Upload]]:

@@ -118,3 +118,18 @@ def test_from_repository_to_repository(kimi, tmp_path, monkeypatch):
         assert not verify_folder(downloaded).problems, "the record speaks of the files as they were pushed"
         plan = plan_push(downloaded, "someone/again", PushOptions())
         assert not [note for note in plan.notes if "differ" in note]
+
+
+def test_the_example(kimi, tmp_path, monkeypatch, capsys):
+    import runpy
+
+    script = Path(__file__).resolve().parents[2] / "examples" / "publish.py"
+    with HubServer() as server:
+        server.use(monkeypatch, tmp_path / "home")
+        for arguments in ([], ["--push"]):
+            target = str(tmp_path / "target")
+            monkeypatch.setattr("sys.argv", ["publish.py", str(kimi), target, "someone/kimi", *arguments])
+            runpy.run_path(str(script), run_name="__main__")
+            assert ("someone/kimi" in server.repositories) is bool(arguments)
+        assert "tokenizer.json" in server.files("someone/kimi")
+    assert "README.md  (made by hf_moe)" in capsys.readouterr().out
