@@ -57,6 +57,9 @@ class Weight:
         Yields where in the decoded tensor the chunk belongs, and its values, which are good until the next chunk is
         asked for and may be changed. A chunk is rows of one matrix: a multiple of `unit` rows, but for the last.
         """
+        problem = None if self.kind == "plain" else _problem_of_scales(self, tensors[self.inputs[1]])
+        if problem:
+            raise CheckpointError(f"tensor {self.inputs[1]} {problem}.")
         if self.kind == "plain":
             values = tensors[self.name]
             for index in _chunks(tuple(values.shape), unit):
@@ -237,9 +240,10 @@ def read_weights(source: Source) -> dict[str, Weight]:
                 raise source.complain(name, "is there both plain and packed")
             ordered[name] = Weight(name, "plain", entry.dtype, entry.shape, (name,))
     _check_experts(source, ordered)
-    if source.local:
+    if source.local:  # elsewhere, and those of INT4, which are a ninth of the checkpoint, when they are used
         for weight in weights.values():
-            check_scales(source, weight)
+            if weight.kind == "fp8":
+                check_scales(source, weight)
     return ordered
 
 
@@ -288,15 +292,22 @@ def _int4_weight(source: Source, name: str, method: dict[str, Any] | None) -> We
 
 def check_scales(source: Source, weight: Weight) -> None:
     """Refuses scales that are no numbers, infinite, zero, negative, or so large that weights overflow."""
-    scales = source.entries[weight.inputs[1]].read().float()
+    problem = _problem_of_scales(weight, source.entries[weight.inputs[1]].read())
+    if problem:
+        raise source.complain(weight.inputs[1], problem)
+
+
+def _problem_of_scales(weight: Weight, scales: torch.Tensor) -> str | None:
+    scales = scales.float()
     if weight.kind == "int4":
         bad, rule = ~scales.isfinite(), "finite"
     else:
         bad = ~((scales > 0) & (scales * FP8_MAX <= torch.finfo(torch.bfloat16).max))
         rule = "positive and finite"
-    if bad.any():
-        where = tuple(bad.nonzero()[0].tolist())
-        raise source.complain(weight.inputs[1], f"has the scale {scales[where].item()} at {where}; scales are {rule}")
+    if not bad.any():
+        return None
+    where = tuple(bad.nonzero()[0].tolist())
+    return f"has the scale {scales[where].item()} at {where}; scales are {rule}"
 
 
 def _check_experts(source: Source, weights: dict[str, Weight]) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -115,7 +116,7 @@ def convert(
     started = time.monotonic()
     with _partial_folder(target) as folder:
         job = _Job(source, plan, target, folder, shards, pieces, workers)
-        summary.resumed = job.load_state()
+        summary.resumed = job.load_state(progress)
         job.check_disk()
         job.run(summary, progress)
         summary.manifest = job.finish()
@@ -230,7 +231,7 @@ class _Job:
 
     # State on disk
 
-    def load_state(self) -> list[str]:
+    def load_state(self, progress: bool) -> list[str]:
         """Takes over what an earlier run finished, checked by its checksums; returns those files' names."""
         if not self.state_path.exists():
             self.save_state()
@@ -248,11 +249,25 @@ class _Job:
                 f"{self.state_path.parent}: holds a part of another conversion (the {' and the '.join(different)} "
                 "differ). Repeat that one with its source and options to finish it, or remove the folder to begin anew."
             )
-        for filename, record in finished.items():
-            path = self.files / filename
-            if path.is_file() and path.stat().st_size == record["size"] and file_hash(path) == record["sha256"]:
-                self.finished[filename] = record
+        if finished and progress:
+            print(f"checking {len(finished)} finished weight files", file=sys.stderr, flush=True)
+        pool = ThreadPoolExecutor(self.workers, "check")
+        try:
+            for filename, good in zip(finished, pool.map(self._is_good, finished, finished.values())):
+                if good:
+                    self.finished[filename] = finished[filename]
+        except KeyboardInterrupt:
+            self.stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise KeyboardInterrupt(f"Interrupted; {self.state_path.parent} is as it was.") from None
+        pool.shutdown()
         return list(self.finished)
+
+    def _is_good(self, filename: str, record: dict[str, Any]) -> bool:
+        path = self.files / filename
+        if not path.is_file() or path.stat().st_size != record["size"]:
+            return False
+        return file_hash(path, self.stop) == record["sha256"]
 
     def save_state(self) -> None:
         """Writes the state, at once or not at all."""

@@ -113,6 +113,9 @@ class LocalStore(Store):
     def __init__(self, folder: Path):
         self.folder = folder
         self.place, self.name = str(folder), folder.resolve().name
+        cache = folder.resolve().parent.parent
+        if folder.resolve().parent.name == "snapshots" and cache.name.startswith("models--"):
+            self.name = f"{cache.name.removeprefix('models--').replace('--', '/')}@{self.name}"
 
     def files(self) -> dict[str, int]:
         sizes = {path.name: path.stat().st_size for path in sorted(self.folder.iterdir()) if path.is_file()}

@@ -99,14 +99,10 @@ class FinetuneArguments:
 
     # --- precision and memory ---
     bf16: bool = option(False, "Compute in bfloat16 (autocast).")
-<<<<<<< HEAD
     fp8: str = option(
         "no", "Full fine-tuning with FP8 products, on GPUs that have them; simulate: the same rounding anywhere.",
         choices=("no", "yes", "simulate"),
     )  # fmt: skip
-=======
-    fp8: bool = option(False, "Multiply linear layers and experts in block FP8 on GPUs that can; all parameters train.")
->>>>>>> s3-trainer
     gradient_checkpointing: bool = option(False, "Recompute layers in the backward pass, with the same routes.")
     use_cpu: bool = option(False, "Stay on the CPU.")
 

@@ -65,25 +65,15 @@ def finetune(args: FinetuneArguments, callbacks: Sequence[Callback] = ()) -> Fin
         model = apply_lora(model, args)
     elif any(p.is_floating_point() and p.dtype.itemsize < 2 for p in model.parameters()):
         raise ValueError("FP8 weights cannot be trained: pass --use_peft, or start from a bfloat16 checkpoint")
-<<<<<<< HEAD
     if args.fp8 != "no":
         enable_fp8_training(model, simulate=args.fp8 == "simulate", device=accelerator.device)
-=======
-    if args.fp8:
-        enable_fp8_training(model.to(accelerator.device))
->>>>>>> s3-trainer
     callbacks = [*balance_callbacks(model, args), *callbacks]
     trainer = FinetuneTrainer(model, args, train, held_out, tokenizer, callbacks, accelerator)
     print_on_main(accelerator, trained_table(model), estimate_memory(model))
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     result = trainer.train()
-<<<<<<< HEAD
     if args.fp8 != "no":
         disable_fp8_training(model)
-=======
-    if args.fp8:
-        disable_fp8_training(trainer.unwrapped)
->>>>>>> s3-trainer
     folder = write_result(trainer, result)
     print_on_main(accelerator, f"written to {folder}")
     commit = push(args) if args.push_to_hub and accelerator.is_main_process else None
