@@ -1,23 +1,22 @@
 """A training step with LoRA on the experts through PEFT: the grouped path against PEFT's own, which adds the factors to
 the weights.
 
-64 experts of 512 x 1024, rank 16, 2,048 tokens. Both paths begin at `get_peft_model`; in one, PEFT uses
-its own layers. Each round runs each path in a process of its own, for its peak of memory. Every step has another
-routing, as in training.
+64 experts of 512 x 1024, rank 16, 2,048 tokens. Both paths begin at `get_peft_model`; in one, PEFT uses its own layers.
+They are timed in turns in one process, and each runs in a process of its own for its peak of memory. Every step has
+another routing, as in training.
 
     python benchmarks/lora_experts.py
 """
 
 import argparse
+import itertools
 import json
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
-from common import report
+from common import report, time_interleaved
 
 import hf_moe  # noqa: F401  makes PEFT know our experts
 from hf_moe.models.configuration_deepseek_v3 import DeepseekV3Config
@@ -59,12 +58,14 @@ def build(path: str, dtype: torch.dtype):
         def forward(self, *args):
             return self.experts(*args)
 
+    ours = LoraModel._create_new_module
     if path == "peft":
-        LoraModel._create_new_module = staticmethod(LoraModel._create_new_module.hf_moe_original)
+        LoraModel._create_new_module = staticmethod(ours.hf_moe_original)
     targets = ["experts.gate_up_proj", "experts.down_proj"]
     options = {"r": RANK, "lora_alpha": RANK, "target_parameters": targets, "init_lora_weights": False}
     # With factors in the dtype of the weights, as PEFT's own path takes them.
     model = get_peft_model(Model(), LoraConfig(**options)).to(dtype)
+    LoraModel._create_new_module = staticmethod(ours)
     assert type(model.base_model.model.experts).__module__.startswith("peft" if path == "peft" else "hf_moe")
     x = torch.randn(TOKENS, HIDDEN, dtype=dtype, requires_grad=True)
     seed = torch.randn(TOKENS, HIDDEN).to(dtype)
@@ -73,55 +74,49 @@ def build(path: str, dtype: torch.dtype):
         for _ in range(ROUTES)
     ]
 
-    def step(index: int) -> None:
-        model(x, *routes[index % ROUTES]).backward(seed)
+    taken = itertools.cycle(routes)
+
+    def step() -> None:
+        model(x, *next(taken)).backward(seed)
         model.zero_grad()
 
     return step
 
 
-def measure(path: str, dtype: str, repeats: int) -> dict:
+def peak(path: str, dtype: str) -> float:
+    """MiB that the first step takes beyond what was there before it."""
     torch.manual_seed(0)
     step = build(path, getattr(torch, dtype))
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before = status("VmRSS")
-    step(0)
-    memory = (status("VmHWM") - before) / 1024
-    seconds = []
-    for index in range(repeats):
-        start = time.perf_counter()
-        step(index + 1)
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": min(seconds), "median": statistics.median(seconds), "MiB": memory}
+    step()
+    return (status("VmHWM") - before) / 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each path, in turns")
+    parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--path", choices=PATHS, help="measure one path in this process")
+    parser.add_argument("--path", choices=PATHS, help="measure the memory of one path in this process")
     args = parser.parse_args()
     if args.path:
-        print(json.dumps(measure(args.path, args.dtypes[0], args.repeats)))
+        print(json.dumps(peak(args.path, args.dtypes[0])))
         return
     rows = []
     for dtype in args.dtypes:
-        results = {path: [] for path in PATHS}
-        for _ in range(args.rounds):
-            for path in PATHS:
-                command = [sys.executable, __file__, "--path", path, "--dtypes", dtype, "--repeats", str(args.repeats)]
-                result = subprocess.run(command, capture_output=True, text=True, check=True)
-                results[path].append(json.loads(result.stdout.splitlines()[-1]))
+        memory = {}
+        for path in PATHS:
+            command = [sys.executable, __file__, "--path", path, "--dtypes", dtype]
+            result = subprocess.run(command, capture_output=True, text=True, check=True)
+            memory[path] = json.loads(result.stdout.splitlines()[-1])
+        torch.manual_seed(0)
+        seconds = time_interleaved({path: build(path, getattr(torch, dtype)) for path in PATHS}, args.repeats)
         row = {"dtype": dtype}
-        for path, found in results.items():
-            row[f"{path} s"] = min(result["seconds"] for result in found)
-            row[f"{path} median s"] = statistics.median(result["median"] for result in found)
-            row[f"{path} extra MiB"] = statistics.median(result["MiB"] for result in found)
-        row["faster"] = row["peft s"] / row["grouped s"]
-        row["faster, medians"] = row["peft median s"] / row["grouped median s"]
-        row["memory"] = row["grouped extra MiB"] / row["peft extra MiB"]
+        for path in PATHS:
+            row |= {f"{path} s": seconds[path], f"{path} extra MiB": memory[path]}
+        row["faster"] = seconds["peft"] / seconds["grouped"]
+        row["memory"] = memory["grouped"] / memory["peft"]
         rows.append(row)
     report("lora_experts", rows, "cpu", args.out)
 

@@ -21,6 +21,7 @@ from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as NativeModel
 from hf_moe.demo import DEMO_MODEL
 from hf_moe.models.configuration_deepseek_v3 import DeepseekV3Config
 from hf_moe.models.generation_rows import SingleLayerCache
+from hf_moe.models.generation_schedule import DEFAULT_CONFIDENCE
 from hf_moe.models.modeling_deepseek_v3 import DeepseekV3ForCausalLM
 
 PROMPTS = [
@@ -31,6 +32,7 @@ PROMPTS = [
 ]
 ADAPTIVE = {"use_mtp": True}
 TWO = {"use_mtp": True, "num_assistant_tokens": 2, "num_assistant_tokens_schedule": "constant"}
+UP_TO_FOUR = {**TWO, "num_assistant_tokens": 4, "assistant_confidence_threshold": DEFAULT_CONFIDENCE}
 
 
 def load(name: str, folder: Path, device: str):
@@ -81,9 +83,22 @@ def step_cost(model, context: int, tokens_per_step: float, device: str) -> float
     return sum(time_interleaved(cases, 20, device).values())
 
 
+@torch.no_grad()
+def prompt_cost(model, ids: torch.Tensor, device: str) -> float:
+    """Seconds of the passes over a prompt: the model's, and that of the MTP layer."""
+    _, layer = model.model.mtp_layers()[0]
+
+    def run() -> None:
+        states = model.model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True).last_hidden_state
+        model.lm_head(states[:, -1:])
+        model.model.mtp_forward(layer, states, model.mtp_embed(layer, ids), past_key_values=SingleLayerCache())
+
+    return time_interleaved({"prompt": run}, 10, device)["prompt"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--device", default="cpu")
@@ -94,12 +109,13 @@ def main() -> None:
     for name in ("demo", "random"):
         with tempfile.TemporaryDirectory() as folder:
             ours, native, all_ids, all_mask = load(name, Path(folder), args.device)
-            for batch in args.batches if name == "demo" else args.batches[:1]:
-                rows += measure(name, ours, native, all_ids, all_mask, batch, args)
+            for tokens in args.tokens if name == "demo" else args.tokens[:1]:
+                for batch in args.batches if name == "demo" else args.batches[:1]:
+                    rows += measure(name, ours, native, all_ids, all_mask, batch, tokens, args)
     report("mtp", rows, args.device, args.out)
 
 
-def measure(name, ours, native, all_ids, all_mask, batch: int, args) -> list[dict]:
+def measure(name, ours, native, all_ids, all_mask, batch: int, tokens: int, args) -> list[dict]:
     groups = [(all_ids[i : i + 1], all_mask[i : i + 1]) for i in range(4)] if batch == 1 else [(all_ids, all_mask)]
     groups = [tuple(part.repeat(max(1, batch // 4), 1) for part in group) for group in groups]
     reports = {}
@@ -109,7 +125,7 @@ def measure(name, ours, native, all_ids, all_mask, batch: int, args) -> list[dic
             outputs = [
                 model.generate(
                     ids, attention_mask=mask, do_sample=False, eos_token_id=None, pad_token_id=2,
-                    max_new_tokens=args.tokens, return_dict_in_generate=True, **options,
+                    max_new_tokens=tokens, return_dict_in_generate=True, **options,
                 )
                 for ids, mask in groups
             ]  # fmt: skip
@@ -121,15 +137,16 @@ def measure(name, ours, native, all_ids, all_mask, batch: int, args) -> list[dic
         "plain": run(ours, "plain", {}),
         "adaptive": run(ours, "adaptive", ADAPTIVE),
         "two drafts": run(ours, "two drafts", TWO),
+        "up to four": run(ours, "up to four", UP_TO_FOUR),
     }
     if batch == 1:
         cases["native plain"] = run(native, "native plain", {})
         cases["native MTP"] = run(native, "native MTP", {"use_mtp": True})
     seconds = time_interleaved(cases, args.repeats, args.device)
-    generated = len(groups) * batch * (args.tokens - 1)
+    generated = len(groups) * batch * (tokens - 1)
     rows = []
     for key, time_taken in seconds.items():
-        row = {"model": name, "batch": batch, "decoding": key, "tokens/s": generated / time_taken}
+        row = {"model": name, "tokens": tokens, "batch": batch, "decoding": key, "tokens/s": generated / time_taken}
         row["against plain"] = seconds["plain"] / time_taken
         done = [entry for entry in reports[key] if entry is not None]
         steps = sum(entry.steps for entry in done)
@@ -137,7 +154,8 @@ def measure(name, ours, native, all_ids, all_mask, batch: int, args) -> list[dic
         row["acceptance by position"] = by_position(done)
         row["of what costs allow"] = ""
         if key == "two drafts" and batch == 1:
-            allowed = step_cost(ours, args.tokens // 2, row["tokens per step"], args.device) * steps
+            allowed = step_cost(ours, tokens // 2, row["tokens per step"], args.device) * steps
+            allowed += sum(prompt_cost(ours, ids, args.device) for ids, _ in groups)
             row["of what costs allow"] = round(allowed / time_taken, 3)
         rows.append(row)
     return rows

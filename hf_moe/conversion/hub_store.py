@@ -14,6 +14,8 @@ from .source import Store
 _REQUEST_BYTES = 16 << 20  # of one answer, which is in memory beside the tensor that it becomes a part of
 _HEAD_BYTES = 256 << 10  # fetched with a file's first bytes: most headers are shorter
 _ATTEMPTS = 5
+_SECONDS = 1.0  # before an answer that was too short is asked for again; doubled each time
+_WAIT: dict[str, float] = {}  # the client's own waits, where they are to be others
 # What the client raises when there is no answer. Which library it is made of changes with huggingface_hub's version,
 # but its errors are among the bases of huggingface_hub's.
 _CLIENT_ERRORS = (*HfHubHTTPError.__bases__, OfflineModeIsEnabled)
@@ -78,7 +80,7 @@ class HubStore(Store):
         headers["Accept-Encoding"] = "identity"
         for attempt in range(_ATTEMPTS):
             try:
-                answer = http_backoff("GET", url, headers=headers, max_retries=_ATTEMPTS)
+                answer = http_backoff("GET", url, headers=headers, max_retries=_ATTEMPTS, **_WAIT)
                 hf_raise_for_status(answer)
             except _CLIENT_ERRORS as error:
                 raise CheckpointError(f"{self.path(filename)}: {what} cannot be read: {error}") from error
@@ -88,7 +90,7 @@ class HubStore(Store):
                 raise CheckpointError(f"{self.path(filename)}: the server answers no requests for ranges of bytes.")
             if len(content) == end - begin:
                 return content
-            time.sleep(min(2**attempt, 8))
+            time.sleep(min(2**attempt, 8) * _SECONDS)
         raise CheckpointError(f"{self.path(filename)}: {len(content)} of {end - begin} bytes of {what} arrived.")
 
 

@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ STATE_NAME = "state.json"
 FILES_NAME = "files"
 _SPARE_BYTES = 16 << 20  # beside the tensors: index, manifest, file system
 _COPY_BYTES = 8 << 20
+_OPEN_FILES = 8
 
 
 @dataclass
@@ -222,7 +224,6 @@ class _Job:
         self.identity = _identity(source, plan, shards)
         self.finished: dict[str, dict[str, Any]] = {}
         self.stop = threading.Event()
-        self.errors: list[BaseException] = []
         self.lock = threading.Lock()
         largest = max((piece.memory for found in pieces.values() for piece in found), default=0)
         self.memory = _Budget(_budget(largest, workers), self.stop)
@@ -286,67 +287,53 @@ class _Job:
             if summary.resumed:
                 self.display.say(f"going on: {len(summary.resumed)} of {len(self.shards)} weight files are there")
             self.queue = self._work(todo)
-            workers = [threading.Thread(target=self._guard, args=(self._worker,)) for _ in range(self.workers)]
-            hasher = threading.Thread(target=self._guard, args=(self._hasher, todo))
             self.writers: dict[str, ShardWriter] = {}
             self.opened = threading.Condition()
             torch.set_num_threads(1)
+            # A thread's first numbers of PyTorch would be made by as many threads again.
+            pool = ThreadPoolExecutor(self.workers + 1, "convert", torch.set_num_threads, (1,))
             try:
-                for thread in (*workers, hasher):
-                    thread.start()
-                for thread in (*workers, hasher):
-                    while thread.is_alive():
-                        thread.join(0.2)
+                futures = [pool.submit(self._worker) for _ in range(self.workers)]
+                futures.append(pool.submit(self._hasher, todo))
+                wait(futures, return_when=FIRST_EXCEPTION)
             except KeyboardInterrupt:
-                self._end(workers, hasher)
+                self.stop.set()
+                pool.shutdown()
                 raise KeyboardInterrupt(self._interrupted()) from None
             finally:
-                self._end(workers, hasher)
+                self.stop.set()  # without an exception all have ended
+                pool.shutdown()
+                for writer in self.writers.values():
+                    writer.stream.close()
                 torch.set_num_threads(threads_before)
-        if self.errors:
+        failed = next((future for future in futures if future.exception() is not None), None)
+        if failed is not None:
             self._drop_empty_state()  # nothing to go on with
-            raise self.errors[0]
-
-    def _end(self, workers: list[threading.Thread], hasher: threading.Thread) -> None:
-        if any(thread.is_alive() for thread in (*workers, hasher)):
-            self.stop.set()
-        for thread in (*workers, hasher):
-            if thread.ident is not None:
-                thread.join()
-        for writer in self.writers.values():
-            writer.stream.close()
+            try:
+                failed.result()
+            except CheckpointError:
+                raise
+            except OSError as error:
+                raise self._explain(error) from error
 
     def _interrupted(self) -> str:
         done = f"{len(self.finished)} of {len(self.shards)} weight files are finished"
         return f"Interrupted; {done} in {self.state_path.parent}. Repeat the command to go on."
 
-    def _guard(self, function, *args) -> None:
-        """Runs a thread's function; whatever goes wrong stops the others and is raised by the main thread."""
-        try:
-            torch.set_num_threads(1)
-            function(*args)
-        except BaseException as error:  # noqa: BLE001  handed on, never swallowed
-            self.errors.append(self._explain(error))
-            self.stop.set()
-
-    def _explain(self, error: BaseException) -> BaseException:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            explained = CheckpointError(
+    def _explain(self, error: OSError) -> CheckpointError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return CheckpointError(
                 f"{self.files}: the disk is full ({error.strerror}). Make room and repeat the command to go on; "
                 f"{len(self.finished)} of {len(self.shards)} weight files are finished."
             )
-        elif isinstance(error, OSError) and not isinstance(error, CheckpointError):
-            explained = CheckpointError(f"{error.filename or self.files}: {error.strerror or error}.")
-        else:
-            return error
-        explained.__cause__ = error
-        return explained
+        return CheckpointError(f"{error.filename or self.files}: {error.strerror or error}.")
 
     def _work(self, todo: list[Shard]) -> Iterator[Piece]:
         for shard in todo:
-            writer = ShardWriter(self.files / shard.filename, shard)
-            with self.opened:
-                self.writers[shard.filename] = writer
+            with self.opened:  # a few open files at once, however small they are
+                while len(self.writers) >= _OPEN_FILES and not self.stop.is_set():
+                    self.opened.wait(0.2)
+                self.writers[shard.filename] = ShardWriter(self.files / shard.filename, shard)
                 self.opened.notify_all()
             yield from self.pieces[shard.filename]
 
@@ -376,6 +363,9 @@ class _Job:
             record = {"size": shard.size, "sha256": digest, **({"report": report} if report else {})}
             self.finished[shard.filename] = record
             self.save_state()
+            with self.opened:
+                del self.writers[shard.filename]
+                self.opened.notify_all()
 
     # The end
 
@@ -402,6 +392,8 @@ class _Job:
             _write_file(self.files / MANIFEST_NAME, _json(manifest, sort=False))
             os.replace(self.files, self.target)
             self.state_path.unlink()
+        except CheckpointError:
+            raise
         except OSError as error:
             raise self._explain(error) from error
         return manifest

@@ -138,9 +138,14 @@ def read_structure(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -
     model.adapt_to_checkpoint(stems)
     model.resize_mtp_layers(model.count_mtp_layers(set(stems)))
     parameters = {name: _parts(model, name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
-    if getattr(config_object, "tie_word_embeddings", False):
-        parameters.pop("lm_head.weight", None)
-    return Structure(config_object, model, parameters, dict(model.mtp_duplicates()))
+    duplicates = dict(model.mtp_duplicates())
+    if getattr(config_object, "tie_word_embeddings", False) and parameters.pop("lm_head.weight", None):
+        table = next(parts[0].name for name, parts in parameters.items() if name.endswith("embed_tokens.weight"))
+        duplicates = {
+            name: table if original == "lm_head.weight" else original for name, original in duplicates.items()
+        }
+        duplicates["lm_head.weight"] = table
+    return Structure(config_object, model, parameters, duplicates)
 
 
 def upstream_stem(name: str) -> str:

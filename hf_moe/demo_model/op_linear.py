@@ -12,8 +12,9 @@ from torch.nn import functional as F
 # Up to so many rows the special forms win.
 _ONEDNN_OFF_ROWS = 2
 _TRANSPOSED_ROWS = 12
-# Products so small that setting up oneDNN takes longer: 4 rows with 192 x 192, 22 against 30 us.
-_ONEDNN_OFF_PRODUCTS = 160_000
+# Products so small, for each thread, that setting up oneDNN takes longer. What oneDNN is spared for takes as long as it
+# has rows: 512 x 192 with one thread, 16 against 21 us for 1 row, but 30 against 18 us for 2 and 44 for 3.
+_ONEDNN_OFF_PRODUCTS = 125_000
 # PyTorch's own bfloat16 matrix-vector kernel runs where oneDNN is switched off. The switch is private to torch and
 # global to the process; where it is missing, nothing changes but speed.
 _set_onednn_enabled = getattr(torch._C, "_set_mkldnn_enabled", None)
@@ -29,7 +30,8 @@ def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
         return F.linear(rows, weight, bias)
     if rows.dtype == torch.float32:
         return _linear_transposed(rows, weight, bias, count)
-    small = count <= _ONEDNN_OFF_ROWS or count * weight.numel() <= _ONEDNN_OFF_PRODUCTS
+    threads = torch.get_num_threads()
+    small = count <= min(_ONEDNN_OFF_ROWS, threads) or count * weight.numel() <= _ONEDNN_OFF_PRODUCTS * threads
     if rows.dtype == torch.bfloat16 and small and _set_onednn_enabled and _onednn_enabled():
         _set_onednn_enabled(False)
         try:

@@ -79,7 +79,7 @@ class MTPGenerationMixin(GenerationMixin):
                 one of Transformers' heuristic ones. What greedy search learns is kept for later calls; sampling
                 learns acceptance alone and begins anew, so that a seed gives the same text again.
             assistant_confidence_threshold: no further draft where those of the step so far are less likely than this
-                to be right together, by the MTP layers' own probabilities and on average over the rows (default 0.2
+                to be right together, by the MTP layers' own probabilities and on average over the rows (default 0.15
                 with the adaptive schedule; 0, which is never, with the others).
             return_dict_in_generate: the output then has `speculation`, a `SpeculationReport`.
 

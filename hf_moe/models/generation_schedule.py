@@ -12,7 +12,7 @@ SCHEDULES = ("adaptive", "constant", "heuristic", "heuristic_transient")
 DEFAULT_DRAFT_TOKENS = 4
 # Chance of the drafts so far, by the MTP layers' own probabilities, below which the adaptive schedule adds no other.
 # These probabilities are cautious: of drafts of 0.1 to 0.2, the demo model accepts seven in ten.
-DEFAULT_CONFIDENCE = 0.2
+DEFAULT_CONFIDENCE = 0.15
 # Acceptance of a first draft before any was seen, and how many observations that guess weighs.
 _PRIOR_ACCEPTANCE, _PRIOR_WEIGHT = 0.7, 4.0
 # A second draft is taken for this much less likely than the first, until it was tried.

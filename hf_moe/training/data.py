@@ -66,8 +66,8 @@ class TokenRows(Dataset):
         """Rows of one sample, or packed ones of at most `max_length` tokens."""
         ids, labels, lengths = [], [], []
         for sample_ids, sample_labels in samples:
-            ids.append(np.array(sample_ids, dtype=np.int32))
-            labels.append(np.array(sample_labels, dtype=np.int32))
+            ids.append(np.asarray(sample_ids, dtype=np.int32))
+            labels.append(np.asarray(sample_labels, dtype=np.int32))
             lengths.append(len(sample_ids))
         rows = pack(lengths, max_length) if packed else [[sample] for sample in range(len(lengths))]
         none = np.empty(0, dtype=np.int32)
@@ -280,7 +280,9 @@ def load_rows(tokenizer, args: FinetuneArguments) -> tuple[TokenRows, TokenRows 
 def _encode_all(tokenizer, args: FinetuneArguments, name: str, split: str, limit: int | None):
     samples = read_samples(name, args.dataset_config, split, args.dataset_text_field, args.sample_by, limit)
     encoder = Encoder(tokenizer, args)
-    encoded = list(tqdm(encoder(samples), desc=f"reading {name}", unit=" samples", disable=args.disable_tqdm))
+    shown = tqdm(encoder(samples), desc=f"reading {name}", unit=" samples", disable=args.disable_tqdm)
+    # Lists of Python's integers would take ten times the memory.
+    encoded = [(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32)) for ids, labels in shown]
     if not encoded:
         left_out = ", ".join(f"{count} {what}" for what, count in encoder.dropped.items())
         raise DataError(f"{name}: no sample is left to learn from ({left_out})")

@@ -166,9 +166,10 @@ def _add_orthogonalised(parameter: torch.Tensor, direction: torch.Tensor, group:
         _add_orthogonalised(parameter.to_local(), direction.to_local(), group)
     else:
         whole = direction.full_tensor()
+        gathered = torch.empty_like(whole)  # `whole` may be the memory of the momentum
         for piece, update in _updates(whole, group):
-            _matrices(whole, group["parts"])[piece].copy_(update)
-        update = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            _matrices(gathered, group["parts"])[piece].copy_(update)
+        update = distribute_tensor(gathered, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.add_(update, alpha=-group["lr"])
 
 
@@ -180,7 +181,7 @@ def _keeps_matrices(placement) -> bool:
 def _matrices(tensor: torch.Tensor, parts: int) -> torch.Tensor:
     """A view (B, parts, r / parts, c) of (B, r, c) or (r, c)."""
     tensor = tensor if tensor.dim() == 3 else tensor.unsqueeze(0)
-    return tensor.unflatten(1, (parts, -1))
+    return tensor.unflatten(1, (parts, tensor.shape[1] // parts))
 
 
 def _updates(direction: torch.Tensor, group: dict[str, Any]) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
@@ -91,6 +91,7 @@ class FinetuneTrainer:
         set_mtp(model, args)
         if args.gradient_checkpointing:
             enable_gradient_checkpointing(model)
+        fill_deepspeed_config(self.accelerator, args)
         optimizer = build_optimizer(model, args)
         self.unwrapped = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -246,7 +247,7 @@ class FinetuneTrainer:
 
     def _add_to_log(self, sums: dict[str, torch.Tensor], micro_batches) -> None:
         """Sums of the whole step, over processes, go to the state; so do the numbers of the callbacks."""
-        tokens = torch.tensor(sum(batch["input_ids"].numel() for batch in micro_batches), device=self.device)
+        tokens = sum(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum() for batch in micro_batches)
         names = sorted(sums)
         values = torch.stack([*(sums[name].detach().to(self.device, torch.float64) for name in names), tokens.double()])
         values = self.accelerator.reduce(values, reduction="sum").tolist()
@@ -403,6 +404,15 @@ def make_accelerator(args: FinetuneArguments) -> Accelerator:
         cpu=args.use_cpu or None,
         kwargs_handlers=handlers,
     )
+
+
+def fill_deepspeed_config(accelerator: Accelerator, args: FinetuneArguments) -> None:
+    """What DeepSpeed's configuration leaves open, and Accelerate would read off a data loader of its own."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
+        if config.get("gradient_clipping", "auto") == "auto":
+            config["gradient_clipping"] = args.max_grad_norm
 
 
 def check_trackers(names: list[str]) -> None:

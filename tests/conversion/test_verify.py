@@ -9,6 +9,7 @@ from command_line import edit_json, edited_golden, message, read_tensors, rewrit
 from models.checkpoints import GOLDENS, golden, quantise_fp8, read_config
 from safetensors.torch import save_file
 from tiny import tiny_model
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_moe.conversion.compare import compare_checkpoints
 from hf_moe.conversion.source import open_source
@@ -28,9 +29,14 @@ def test_goldens_are_sound(case):
     assert report.bytes == sum(tensor.nbytes for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "longcat_flash_ngram"])
-def test_saved_models_are_sound(family, tmp_path):
-    tiny_model(family, dtype=torch.bfloat16).save_pretrained(tmp_path, max_shard_size="20KB")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification])
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2_lite", "longcat_flash_ngram"])
+def test_saved_models_are_sound(family, auto_class, tied, tmp_path):
+    if family.startswith("longcat") and auto_class is AutoModelForSequenceClassification:
+        pytest.skip("LongCat has no such model")
+    model = tiny_model(family, auto_class=auto_class, dtype=torch.bfloat16, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / INDEX).exists() and verify_folder(tmp_path).problems == []
 
 

@@ -6,6 +6,7 @@ from testing import assert_close
 from tiny import tiny_config
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from hf_moe.models import op_moe
 from hf_moe.models.layer_experts import Experts
 from hf_moe.models.op_moe import BACKEND_NAME, choose_backend, experts_cpu
 
@@ -114,9 +115,12 @@ def test_experts_that_nobody_chose_leave_no_trace(tokens, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sentinels", [False, True], ids=["all_local", "some_elsewhere"])
 @pytest.mark.parametrize("case", ["one_token", "all_experts", "odd_tokens", "empty_experts", "all_on_one"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_inference(backend, case, sentinels, dtype, poisoned):
-    """Without gradients a backend may take another path, for one token above all."""
+@pytest.mark.parametrize("backend", [*BACKENDS, "hf_moe_by_expert"])
+def test_inference(backend, case, sentinels, dtype, poisoned, monkeypatch):
+    """Without gradients a backend may take another path, for one token above all, and for stacks as small as these."""
+    if backend == "hf_moe_by_expert":
+        backend = BACKEND_NAME
+        monkeypatch.setattr(op_moe, "_WHOLE_STACK_ELEMENTS", 0)
     experts, topk_indices = make_experts(backend, dtype), route(case)
     weights = torch.rand(topk_indices.shape) + 0.2
     if sentinels:

@@ -164,6 +164,7 @@ def test_saved_and_loaded_again(family, tmp_path):
     assert torch.equal(logits(empty, ids), logits(wrapped, ids))
 
 
+@pytest.mark.skipif(PEFT_RELEASE < (0, 20), reason="Transformers' integration asks for PEFT 0.20")
 @pytest.mark.parametrize("family", ["deepseek_v3", "step3_text"])
 def test_transformers_own_integration(family, tmp_path):
     model = model_of(family)

@@ -1,5 +1,6 @@
 """`hf-moe finetune` and `finetune(...)` from options to files, on the demo model."""
 
+import importlib.util
 import json
 import re
 import sys
@@ -286,8 +287,6 @@ def test_upload(tmp_path, monkeypatch):
 
 
 def test_example_for_accelerate(tmp_path, monkeypatch):
-    import importlib.util
-
     path = Path(__file__).parents[2] / "examples" / "finetune_lora.py"
     spec = importlib.util.spec_from_file_location("finetune_lora", path)
     module = importlib.util.module_from_spec(spec)
@@ -304,3 +303,27 @@ def test_example_for_accelerate(tmp_path, monkeypatch):
 def test_a_log_without_losses_is_not_drawn(tmp_path):
     with pytest.raises(ValueError, match="no loss to draw"):
         draw_losses([{"step": 1}], tmp_path / "a.png")
+
+
+def test_worked_example(tmp_path, monkeypatch, capsys):
+    """The whole of it on a few lines: before, two steps, after, merged, in FP8 and drafted."""
+    path = Path(__file__).parents[2] / "examples" / "finetune_demo.py"
+    spec = importlib.util.spec_from_file_location("finetune_demo", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    train, held_out = module.write_corpus(tmp_path / "corpus")
+    packages = [{json.loads(line)["package"] for line in file.read_text().splitlines()} for file in (train, held_out)]
+    assert len(packages[0]) > len(packages[1]) > 0 and not packages[0] & packages[1]
+    small = Path(write_data(tmp_path))
+    monkeypatch.setattr(module, "write_corpus", lambda folder: (small, small))
+    monkeypatch.setattr(module, "PROMPTS", module.PROMPTS[:1])
+    out = tmp_path / "prose"
+    words = ["--output_dir", str(out), "--max_steps", "2", "--warmup_steps", "0", "--disable_tqdm"]
+    monkeypatch.setattr(sys, "argv", ["finetune_demo.py", *words])
+    module.main()
+    result = json.loads((out / "result.json").read_text())
+    assert result["training"]["steps"] == 2 and result["training"]["trained_parameters"] == 294_912
+    assert result["after"]["bits_per_byte"] < result["before"]["bits_per_byte"]
+    assert result["after_fp8"]["bits_per_byte"] < result["before"]["bits_per_byte"]
+    assert result["after"]["greedy_with_mtp_is_greedy"] and result["after_fp8"]["greedy_with_mtp_is_greedy"]
+    assert str(tmp_path) not in (out / "result.json").read_text()

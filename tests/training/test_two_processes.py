@@ -100,6 +100,13 @@ def test_muon_on_two_processes(ranks):
         assert_close(name, tensor, expected["state"][name], "float32_grad")
 
 
+@pytest.mark.parametrize("layout", two_ranks.PLACEMENTS)
+def test_muon_on_matrices_laid_out(layout, ranks):
+    for rank in ranks:
+        for actual, expected in zip(rank["matrices"][layout], two_ranks.update_matrices()):
+            assert_close(str(tuple(expected.shape)), actual, expected, "float32")
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 def test_fsdp2_equals_one_process_and_reloads(optimizer, ranks, checkpoints):
     expected = _single("deepseek_v3", optimizer)

@@ -14,6 +14,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from tiny import random_ids, tiny_model  # noqa: E402
 from tiny_step3 import text_model  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 from transformers.distributed import DistributedConfig  # noqa: E402
@@ -200,6 +202,24 @@ def _save_and_load(accelerator, folder: Path, source, target) -> None:
     accelerator.load_state(str(folder))
 
 
+SHAPES = ((6, 4), (3, 6, 4), (1, 4, 8))  # three experts on two ranks, and one
+PLACEMENTS = {"replicated": Replicate(), "by row": Shard(0), "by column": Shard(1)}
+
+
+def update_matrices(layout=None, mesh=None) -> list[torch.Tensor]:
+    """Parameters after two steps of Muon, laid out among the ranks or plain."""
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda shape: torch.randn(shape, generator=generator)  # noqa: E731
+    place = lambda tensor: tensor if layout is None else distribute_tensor(tensor, mesh, [layout])  # noqa: E731
+    parameters = [torch.nn.Parameter(place(draw(shape))) for shape in SHAPES]
+    optimizer = Muon([{"params": parameters, "parts": 2}], lr=0.1)
+    for _ in range(2):
+        for parameter, shape in zip(parameters, SHAPES):
+            parameter.grad = place(draw(shape))
+        optimizer.step()
+    return [p.detach() if layout is None else p.detach().full_tensor() for p in parameters]
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
@@ -209,6 +229,8 @@ def main(folder: Path) -> None:
         results[f"ddp {family}"] = data_parallel(family, "sgd", 1, rank)
     results["ddp micro"] = data_parallel("deepseek_v3", "sgd", 2, rank)
     results["ddp muon"] = data_parallel("deepseek_v3", "muon", 1, rank)
+    mesh = init_device_mesh("cpu", (2,))
+    results["matrices"] = {name: update_matrices(layout, mesh) for name, layout in PLACEMENTS.items()}
     for family in EXPERT_PARALLEL:
         if (folder / f"{family}_checkpoint").exists():
             results[f"ep {family}"] = expert_parallel(family, folder, rank)
