@@ -326,12 +326,11 @@ def snippets(checkpoint: Checkpoint, model_type: str, base: str | None) -> list[
         plain = tokenized and "tokenizer.json" in checkpoint.files and model_type in NATIVE
         lines.append(f"tokenizer = AutoTokenizer.from_pretrained({where}{'' if plain else remote})")
         lines += _prompt(checkpoint.chat_template or not tokenized)
-        start = 'inputs["input_ids"].shape[1]'
+        show = "tokenizer.decode(output[0])"
     else:
         lines.append("# There is no tokenizer here: any ids.")
         lines.append('inputs = {"input_ids": torch.tensor([[1, 2, 3]], device=model.device)}')
-        start = "3"
-    show = f"tokenizer.decode(output[0, {start}:])" if tokenized or base else f"output[0, {start}:].tolist()"
+        show = "output[0].tolist()"
     lines += ["output = model.generate(**inputs, max_new_tokens=64)", f"print({show})"]
     result = [Snippet("Text:", "\n".join(lines))]
     if has_mtp(checkpoint):
@@ -345,9 +344,8 @@ def _prompt(chat: bool) -> list[str]:
         return ['inputs = tokenizer("The capital of France is", return_tensors="pt").to(model.device)']
     return [
         'messages = [{"role": "user", "content": "What is the capital of France?"}]',
-        "inputs = tokenizer.apply_chat_template(",
-        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-        ").to(model.device)",
+        "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)",
+        'inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)',
     ]
 
 
@@ -361,9 +359,10 @@ picture = {{"type": "image", "url": "photo.jpg"}}
 messages = [{{"role": "user", "content": [picture, {{"type": "text", "text": "What is this?"}}]}}]
 inputs = processor.apply_chat_template(
     messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True
-).to(model.device, dtype=model.dtype)
+)
+inputs = inputs.to(model.device, dtype=model.dtype)
 output = model.generate(**inputs, max_new_tokens=64)
-print(processor.decode(output[0, inputs["input_ids"].shape[1]:]))"""
+print(processor.decode(output[0]))"""
     return Snippet("Pictures and text, with Pillow installed:", code)
 
 

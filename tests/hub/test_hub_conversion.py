@@ -120,16 +120,17 @@ def test_from_repository_to_repository(kimi, tmp_path, monkeypatch):
         assert not [note for note in plan.notes if "differ" in note]
 
 
-def test_the_example(kimi, tmp_path, monkeypatch, capsys):
+def test_the_example(tmp_path, monkeypatch, capsys):
     import runpy
 
     script = Path(__file__).resolve().parents[2] / "examples" / "publish.py"
+    source = str(golden("v3_fp8", tmp_path / "source"))
     with HubServer() as server:
         server.use(monkeypatch, tmp_path / "home")
         for arguments in ([], ["--push"]):
             target = str(tmp_path / "target")
-            monkeypatch.setattr("sys.argv", ["publish.py", str(kimi), target, "someone/kimi", *arguments])
+            monkeypatch.setattr("sys.argv", ["publish.py", source, target, "someone/v3", *arguments])
             runpy.run_path(str(script), run_name="__main__")
-            assert ("someone/kimi" in server.repositories) is bool(arguments)
-        assert "tokenizer.json" in server.files("someone/kimi")
+            assert ("someone/v3" in server.repositories) is bool(arguments)
+        assert "conversion.json" in server.files("someone/v3")
     assert "README.md  (made by hf_moe)" in capsys.readouterr().out
