@@ -190,7 +190,7 @@ class FinetuneArguments:
             raise ValueError("--early_stopping_patience needs evaluation: see --eval_strategy")
         if self.load_best_model_at_end and (self.eval_strategy == "no" or self.save_strategy == "no"):
             raise ValueError("--load_best_model_at_end needs evaluation and checkpoints")
-        if self.fp8 and self.use_peft:
+        if self.fp8 != "no" and self.use_peft:
             raise ValueError("--fp8 is for training all parameters; LoRA takes FP8 checkpoints as they are")
         if self.merge_adapter and not self.use_peft:
             raise ValueError("--merge_adapter needs --use_peft")

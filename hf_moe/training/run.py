@@ -48,8 +48,6 @@ def finetune(args: FinetuneArguments, callbacks: Sequence[Callback] = ()) -> Fin
     """
     if args.use_peft and importlib.util.find_spec("peft") is None:
         raise ImportError("LoRA needs peft: pip install 'hf-moe[train]'")
-    if args.use_peft and args.fp8 != "no":
-        raise ValueError("--fp8 is for full fine-tuning; LoRA keeps weights that are stored in FP8 as they are")
     check_output_dir(args)
     accelerator = make_accelerator(args)
     tokenizer = load_tokenizer(args)

@@ -200,7 +200,9 @@ def test_adapters_leave_the_biases_alone_unless_told(tmp_path):
 def test_fp8_training_needs_a_gpu_that_multiplies_it(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    result = CliRunner().invoke(app, ["finetune", *required(tmp_path, write_data(tmp_path)), "--fp8", "yes", "--use_cpu"])
+    result = CliRunner().invoke(
+        app, ["finetune", *required(tmp_path, write_data(tmp_path)), "--fp8", "yes", "--use_cpu"]
+    )
     assert result.exit_code == 2 and "FP8" in plain(result.output), result.output
 
 
