@@ -98,7 +98,7 @@ def prompt_cost(model, ids: torch.Tensor, device: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 192])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--device", default="cpu")
@@ -109,8 +109,8 @@ def main() -> None:
     for name in ("demo", "random"):
         with tempfile.TemporaryDirectory() as folder:
             ours, native, all_ids, all_mask = load(name, Path(folder), args.device)
-            for tokens in args.tokens if name == "demo" else args.tokens[:1]:
-                for batch in args.batches if name == "demo" else args.batches[:1]:
+            for batch in args.batches if name == "demo" else args.batches[:1]:
+                for tokens in args.tokens if name == "demo" else args.tokens[:1]:
                     rows += measure(name, ours, native, all_ids, all_mask, batch, tokens, args)
     report("mtp", rows, args.device, args.out)
 

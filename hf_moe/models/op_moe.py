@@ -207,7 +207,7 @@ def _experts_whole_stack(hidden_states, topk_indices, topk_weights, gate_up_proj
     wide = torch.promote_types(hidden_states.dtype, torch.float32)
     # One column more, for the ids of other ranks.
     weights = topk_weights.new_zeros((num_tokens, num_experts + 1), dtype=wide)
-    weights.scatter_(1, topk_indices.clamp(max=num_experts), topk_weights.to(wide))
+    weights.scatter_add_(1, topk_indices.clamp(max=num_experts), topk_weights.to(wide))
     weights = weights[:, :num_experts].t().unsqueeze(1)  # (E, 1, T)
     # A weight of zero does not undo what is no number in an expert that was not chosen.
     return (rows.to(wide) * weights).masked_fill(weights == 0, 0.0).sum(0).t().to(hidden_states.dtype)

@@ -99,6 +99,14 @@ class FinetuneArguments:
 
     # --- precision and memory ---
     bf16: bool = option(False, "Compute in bfloat16 (autocast).")
+<<<<<<< HEAD
+    fp8: str = option(
+        "no", "Full fine-tuning with FP8 products, on GPUs that have them; simulate: the same rounding anywhere.",
+        choices=("no", "yes", "simulate"),
+    )  # fmt: skip
+=======
+    fp8: bool = option(False, "Multiply linear layers and experts in block FP8 on GPUs that can; all parameters train.")
+>>>>>>> s3-trainer
     gradient_checkpointing: bool = option(False, "Recompute layers in the backward pass, with the same routes.")
     use_cpu: bool = option(False, "Stay on the CPU.")
 
@@ -186,6 +194,8 @@ class FinetuneArguments:
             raise ValueError("--early_stopping_patience needs evaluation: see --eval_strategy")
         if self.load_best_model_at_end and (self.eval_strategy == "no" or self.save_strategy == "no"):
             raise ValueError("--load_best_model_at_end needs evaluation and checkpoints")
+        if self.fp8 and self.use_peft:
+            raise ValueError("--fp8 is for training all parameters; LoRA takes FP8 checkpoints as they are")
         if self.merge_adapter and not self.use_peft:
             raise ValueError("--merge_adapter needs --use_peft")
         if self.eval_steps is None:

@@ -169,12 +169,15 @@ def fp8_experts_forward(
     return output.to(hidden_states.dtype)
 
 
-def enable_fp8_training(model: nn.Module, simulate: bool = False, ue8m0: bool = False) -> list[str]:
+def enable_fp8_training(
+    model: nn.Module, simulate: bool = False, ue8m0: bool = False, device: torch.device | None = None
+) -> list[str]:
     """Lets the linear layers and experts of `model` train in FP8; to be called before it is wrapped or compiled.
 
     Args:
         simulate: compute the same in plain PyTorch, on any device.
         ue8m0: scales are powers of two.
+        device: where the model is going to be, if it is not there yet.
 
     Returns the names of the modules.
 
@@ -196,11 +199,11 @@ def enable_fp8_training(model: nn.Module, simulate: bool = False, ue8m0: bool = 
                 f"{name} is stored in FP8 and frozen; FP8 training rounds master weights on the fly: load the model "
                 "with `dequantize=True, dtype=torch.float32`."
             )
-        device = next(module.parameters()).device
-        if not simulate and not (device.type == "cuda" and runs_kernels(device) and converts_fp8(device)):
+        place = next(module.parameters()).device if device is None else torch.device(device)
+        if not simulate and not (place.type == "cuda" and runs_kernels(place) and converts_fp8(place)):
             raise ValueError(
                 f"FP8 training needs a GPU with FP8 tensor cores (compute capability 8.9 or more) and Triton; {name} "
-                f"is on {device}. `simulate=True` computes the same without the speed."
+                f"is on {place}. To simulate it (`simulate=True`, --fp8 simulate) gives the same without the speed."
             )
     for module in linears.values():
         module.__class__ = Fp8TrainingLinear

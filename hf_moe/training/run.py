@@ -16,6 +16,7 @@ from .arguments import FinetuneArguments
 from .callbacks import Callback
 from .checkpoints import find_checkpoint, list_checkpoints
 from .data import TokenRows, load_rows
+from .fp8_training import disable_fp8_training, enable_fp8_training
 from .lora import trained_table
 from .output import push, write_result
 from .router_callbacks import balance_callbacks
@@ -47,6 +48,8 @@ def finetune(args: FinetuneArguments, callbacks: Sequence[Callback] = ()) -> Fin
     """
     if args.use_peft and importlib.util.find_spec("peft") is None:
         raise ImportError("LoRA needs peft: pip install 'hf-moe[train]'")
+    if args.use_peft and args.fp8 != "no":
+        raise ValueError("--fp8 is for full fine-tuning; LoRA keeps weights that are stored in FP8 as they are")
     check_output_dir(args)
     accelerator = make_accelerator(args)
     tokenizer = load_tokenizer(args)
@@ -62,11 +65,25 @@ def finetune(args: FinetuneArguments, callbacks: Sequence[Callback] = ()) -> Fin
         model = apply_lora(model, args)
     elif any(p.is_floating_point() and p.dtype.itemsize < 2 for p in model.parameters()):
         raise ValueError("FP8 weights cannot be trained: pass --use_peft, or start from a bfloat16 checkpoint")
+<<<<<<< HEAD
+    if args.fp8 != "no":
+        enable_fp8_training(model, simulate=args.fp8 == "simulate", device=accelerator.device)
+=======
+    if args.fp8:
+        enable_fp8_training(model.to(accelerator.device))
+>>>>>>> s3-trainer
     callbacks = [*balance_callbacks(model, args), *callbacks]
     trainer = FinetuneTrainer(model, args, train, held_out, tokenizer, callbacks, accelerator)
     print_on_main(accelerator, trained_table(model), estimate_memory(model))
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     result = trainer.train()
+<<<<<<< HEAD
+    if args.fp8 != "no":
+        disable_fp8_training(model)
+=======
+    if args.fp8:
+        disable_fp8_training(trainer.unwrapped)
+>>>>>>> s3-trainer
     folder = write_result(trainer, result)
     print_on_main(accelerator, f"written to {folder}")
     commit = push(args) if args.push_to_hub and accelerator.is_main_process else None

@@ -240,3 +240,14 @@ def test_backend_is_registered_and_the_default():
 
     assert BACKEND_NAME in ALL_EXPERTS_FUNCTIONS.valid_keys()
     assert tiny_model().config._experts_implementation == BACKEND_NAME
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_a_choice_that_is_made_twice_counts_twice(tokens):
+    """Zero experts of a model whose experts are shared out send their tokens along to some expert, at no weight."""
+    weights = torch.rand(tokens, 3)
+    weights[:, 2] = 0.0
+    ids = torch.randint(0, 4, (tokens, 1)).expand(-1, 3).contiguous()
+    rows, gate_up, down = torch.randn(tokens, 8), torch.randn(4, 12, 8), torch.randn(4, 8, 6)
+    once = experts_cpu(rows, ids[:, :1], weights.sum(1, keepdim=True), gate_up, down, torch.nn.functional.silu)
+    assert_close("output", experts_cpu(rows, ids, weights, gate_up, down, torch.nn.functional.silu), once, "float32")

@@ -79,6 +79,7 @@ BAD_OPTIONS = {
     "--per_device_train_batch_size 0": "--per_device_train_batch_size must be at least 1",
     "--eval_strategy steps": "--eval_strategy needs data",
     "--early_stopping_patience 2": "--early_stopping_patience needs evaluation",
+    "--fp8 --use_peft": "--fp8 is for training all parameters",
     "--merge_adapter": "--merge_adapter needs --use_peft",
     "--learning_rate much": "invalid float value",
     "--optim sgd": "invalid choice: 'sgd'|--optim must be one of",
@@ -194,6 +195,13 @@ def test_adapters_leave_the_biases_alone_unless_told(tmp_path):
 
     still, moved = biases("a"), biases("b", router_bias_update_rate=0.01)
     assert all(not torch.equal(still[name], moved[name]) for name in still) and len(still) == 4
+
+
+def test_fp8_training_needs_a_gpu_that_multiplies_it(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    result = CliRunner().invoke(app, ["finetune", *required(tmp_path, write_data(tmp_path)), "--fp8", "--use_cpu"])
+    assert result.exit_code == 2 and "FP8" in plain(result.output), result.output
 
 
 @pytest.mark.parametrize("where", ["along", "none", "only"])

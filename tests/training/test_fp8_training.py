@@ -1,13 +1,22 @@
 """FP8 training: the three products against loops over groups and blocks, and models that train in it."""
 
+import json
+
 import pytest
 import torch
 from testing import assert_close, can_run_kernels
 from tiny import random_ids, tiny_model
 from tiny_step3 import text_model
+from transformers import AutoModelForCausalLM
 
-from hf_moe.training import fp8_training
-from hf_moe.training.fp8_training import disable_fp8_training, enable_fp8_training, fp8_training_linear
+from hf_moe.demo import DEMO_MODEL
+from hf_moe.training import FinetuneArguments, finetune, fp8_training
+from hf_moe.training.fp8_training import (
+    Fp8TrainingLinear,
+    disable_fp8_training,
+    enable_fp8_training,
+    fp8_training_linear,
+)
 
 FP8, LARGEST = torch.float8_e4m3fn, 448.0
 
@@ -141,3 +150,21 @@ def test_clear_errors():
         enable_fp8_training(tiny_model("deepseek_v3"))
     with pytest.raises(ValueError, match="no linear layers"):
         enable_fp8_training(torch.nn.Linear(2, 2), simulate=True)
+
+
+def test_as_an_option(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": f"Item {n} has {n * n} parts."}) + "\n" for n in range(8)))
+    options = dict(
+        model_name_or_path=str(DEMO_MODEL), dataset_name=str(data), output_dir=str(tmp_path / "out"), max_steps=2,
+        per_device_train_batch_size=2, use_cpu=True, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="--fp8 simulate"):
+        finetune(FinetuneArguments(fp8="yes", **options))
+    with pytest.raises(ValueError, match="full fine-tuning"):
+        finetune(FinetuneArguments(fp8="yes", use_peft=True, **options))
+    model = finetune(FinetuneArguments(fp8="simulate", **options)).model
+    assert not any(type(module) is Fp8TrainingLinear for module in model.modules())
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(3, 40).unsqueeze(0)
+    assert_close("logits", weights(input_ids=ids).logits, model.eval()(input_ids=ids).logits, "float32")

@@ -49,14 +49,25 @@ def sharded_accelerator() -> Accelerator:
     return accelerator
 
 
+def with_lora(model):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    targets = {"target_modules": ["o_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    return get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", **targets))
+
+
 def train(folder: Path, batch_size: int, sharded: bool, resume: str | None = None, **more) -> FinetuneTrainer:
     args = FinetuneArguments(
         model_name_or_path="none", dataset_name="none", output_dir=str(folder), max_steps=4, disable_tqdm=True,
         per_device_train_batch_size=batch_size, gradient_accumulation_steps=2, logging_steps=1, save_steps=2,
         learning_rate=1e-3, use_cpu=True, eval_strategy="steps", eval_steps=2, validation_split=0.5,
-        lr_scheduler_type="constant", per_device_eval_batch_size=2, router_bias_update_rate=0.01, **more,
+        lr_scheduler_type="constant", per_device_eval_batch_size=2,
+        **{"router_bias_update_rate": 0.01, **more},
     )  # fmt: skip
     model = tiny_model()
+    if args.use_peft:
+        model = with_lora(model.to(torch.bfloat16))
     callbacks = balance_callbacks(model, args)
     accelerator = sharded_accelerator() if sharded else None
     trainer = FinetuneTrainer(model, args, rows(14, 0), rows(5, 9), callbacks=callbacks, accelerator=accelerator)
@@ -76,12 +87,19 @@ def main(folder: Path, batch_size: int, sharded: bool) -> None:
     weights = straight.accelerator.get_state_dict(straight.model)
     again = resumed.accelerator.get_state_dict(resumed.model)
     write_result(straight, straight.result)
+    # Float32 factors on bfloat16 weights, recomputed layers.
+    factors = {"use_peft": True, "gradient_checkpointing": True, "router_bias_update_rate": 0.0}
+    lora = train(folder / "lora", batch_size, sharded, **factors)
+    write_result(lora, lora.result)
+    lora_resumed = train(folder / "lora2", batch_size, sharded, str(folder / "lora" / "checkpoint-2"), **factors)
+    write_result(lora_resumed, lora_resumed.result)
     if straight.accelerator.is_main_process:
         equal = all(torch.equal(weights[name], again[name]) for name in weights)
         summary = {
             "losses": losses(straight),
             "resumed": losses(resumed),
             "equal": equal,
+            "lora": losses(lora),
             "kind": str(straight.accelerator.distributed_type),
         }
         (folder / "summary.json").write_text(json.dumps(summary))
