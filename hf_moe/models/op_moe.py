@@ -210,7 +210,8 @@ def _experts_whole_stack(hidden_states, topk_indices, topk_weights, gate_up_proj
     weights.scatter_add_(1, topk_indices.clamp(max=num_experts), topk_weights.to(wide))
     weights = weights[:, :num_experts].t().unsqueeze(1)  # (E, 1, T)
     # A weight of zero does not undo what is no number in an expert that was not chosen.
-    return (rows.to(wide) * weights).masked_fill(weights == 0, 0.0).sum(0).t().to(hidden_states.dtype)
+    rows = (rows.to(wide) * weights).masked_fill(weights == 0, 0.0).sum(0)  # (H, T)
+    return rows.t().to(hidden_states.dtype, memory_format=torch.contiguous_format)
 
 
 def _experts_few_tokens(

@@ -14,10 +14,11 @@ import sys
 import time
 from pathlib import Path
 
+import hf_moe.conversion.command  # noqa: F401  before forking
+import hf_moe.conversion.run as engine
 from hf_moe.cli import app
 
-# Imported before forking.
-import hf_moe.conversion.command  # noqa: F401  isort: skip
+PIECE_SECONDS = 0.02  # so that fast machines do not finish before the last kill
 
 
 def start(source: str, target: str) -> int:
@@ -25,7 +26,13 @@ def start(source: str, target: str) -> int:
     child = os.fork()
     if child:
         return child
-    code = 70
+    code, do = 70, engine._do
+
+    def slowly(*args):
+        time.sleep(PIECE_SECONDS)
+        do(*args)
+
+    engine._do = slowly
     try:
         app(["convert", source, target, "--to", "bf16", "--max-shard-size", "1MB"], standalone_mode=True)
         code = 0
@@ -50,6 +57,7 @@ def main() -> None:
     for _ in range(int(kills)):
         child, before = start(source, target), finished(Path(target))
         while finished(Path(target)) <= before:  # a kill after something was done; the rest is chance
+            assert not Path(target).exists(), f"finished before kill {len(codes) + 1}"
             time.sleep(0.001)
         time.sleep(picker.uniform(0.0, 0.08))
         os.kill(child, getattr(signal, signal_name))
