@@ -211,7 +211,7 @@ def _experts_whole_stack(hidden_states, topk_indices, topk_weights, gate_up_proj
     weights = weights[:, :num_experts].t().unsqueeze(1)  # (E, 1, T)
     # A weight of zero does not undo what is no number in an expert that was not chosen.
     rows = (rows.to(wide) * weights).masked_fill(weights == 0, 0.0).sum(0)  # (H, T)
-    return rows.t().to(hidden_states.dtype, memory_format=torch.contiguous_format)
+    return rows.t().to(hidden_states.dtype).contiguous()
 
 
 def _experts_few_tokens(
