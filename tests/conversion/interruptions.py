@@ -53,6 +53,7 @@ def finished(target: Path) -> int:
 def main() -> None:
     source, target, kills, seed, signal_name = sys.argv[1:]
     picker, counts, codes = random.Random(int(seed)), [], []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with it ignored
     os.dup2(2, 1)  # tables of the children; the report goes to the descriptor below
     for _ in range(int(kills)):
         child, before = start(source, target), finished(Path(target))
