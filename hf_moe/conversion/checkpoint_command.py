@@ -113,6 +113,13 @@ def _print_comparison(comparison: Comparison, against: str) -> None:
     console.print(f"{comparison.equal:,} of {total:,} tensors in both have equal values", markup=False)
 
 
+def _open_hub_layout(source: str, revision: str | None) -> Source:
+    opened = open_checkpoint(source, revision=revision)
+    if is_inference(opened):
+        raise ValueError(f"{source}: is in the layout of DeepSeek's inference code. Convert it with `--to hub` first.")
+    return opened
+
+
 def run_slice(
     source: str,
     target: Path,
@@ -133,9 +140,7 @@ def run_slice(
     """
     if first_layers is None and not last_layers and experts is None:
         raise ValueError("Nothing to leave out: give --first-layers, --last-layers or --experts.")
-    opened = open_checkpoint(source, revision=revision)
-    if is_inference(opened):
-        raise ValueError(f"{source}: is in the layout of DeepSeek's inference code. Convert it with `--to hub` first.")
+    opened = _open_hub_layout(source, revision)
     plan = plan_slice(opened, first_layers, last_layers, experts)
     return carry_out(opened, plan, target, workers or default_workers(opened), max_shard_size, dry_run, progress)
 
@@ -155,8 +160,6 @@ def run_merge(
     Raises:
         CheckpointError: for a bad base or adapter, and for one that does not fit the other.
     """
-    opened = open_checkpoint(base, revision=revision)
-    if is_inference(opened):
-        raise ValueError(f"{base}: is in the layout of DeepSeek's inference code. Convert it with `--to hub` first.")
+    opened = _open_hub_layout(base, revision)
     plan = plan_merge(opened, open_adapter(adapter))
     return carry_out(opened, plan, target, workers or default_workers(opened), max_shard_size, dry_run, progress)

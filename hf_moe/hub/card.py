@@ -20,7 +20,7 @@ from ..inspect import cost
 from ..inspect.architecture import READERS, read_architecture
 from ..inspect.count import count_parameters
 from ..inspect.report import bytes_text, count_text
-from ..inspect.sources import Source, read_source, stored_precision
+from ..inspect.sources import Source, read_json, read_source, stored_precision
 from ..version import __version__
 from .bundle import model_type_of
 from .families import FAMILIES, Family, Licence, licence_of
@@ -85,8 +85,8 @@ def read_checkpoint(folder: Path, address: str | None = None, code: bool = True)
     if source is None:
         raise FileNotFoundError(f"{folder} is not a folder.")
     files = frozenset(path.name for path in folder.iterdir() if path.is_file())
-    manifest = _read_json(folder / MANIFEST) if MANIFEST in files else None
-    tokenizer = _read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
+    manifest = _read_object(folder / MANIFEST) if MANIFEST in files else None
+    tokenizer = _read_object(folder / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
     template = "chat_template.jinja" in files or bool(tokenizer.get("chat_template"))
     return Checkpoint(
         name=(address or folder.resolve().name).rpartition("/")[2],
@@ -101,11 +101,8 @@ def read_checkpoint(folder: Path, address: str | None = None, code: bool = True)
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+def _read_object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not an object.")
     return content
@@ -113,7 +110,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _tensor_names(folder: Path, files: Iterable[str]) -> frozenset[str]:
     if "model.safetensors.index.json" in files:
-        return frozenset(_read_json(folder / "model.safetensors.index.json").get("weight_map") or ())
+        return frozenset(_read_object(folder / "model.safetensors.index.json").get("weight_map") or ())
     if "model.safetensors" not in files:
         return frozenset()
     try:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-MANIFEST = "conversion.json"
+from ..conversion.source import MANIFEST_NAME as MANIFEST
 
 
 def updated_manifest(data: bytes, replaced: Mapping[str, bytes]) -> bytes:

@@ -1,6 +1,5 @@
 """Named accelerators, as data that a user can extend, and the roofline of a decode step on them."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from . import cost
 from .architecture import Architecture
+from .sources import read_json
 
 DATA = Path(__file__).with_name("accelerators.json")
 # Share of the memory that weights and cache may fill; the rest is for activations and the runtime.
@@ -51,10 +51,7 @@ def load_accelerators(extra: Path | None = None) -> dict[str, Accelerator]:
 
 
 def _load(path: Path) -> dict[str, Accelerator]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    entries = read_json(path)
     if not isinstance(entries, dict):
         raise ValueError(f"{path} must hold an object: device names and their properties.")
     return {name: _accelerator(path, name, entry) for name, entry in entries.items() if not name.startswith("_")}

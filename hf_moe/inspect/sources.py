@@ -53,11 +53,20 @@ def read_source(model: str) -> Source:
         ) from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Any:
+    """Content of a JSON file.
+
+    Raises:
+        ValueError: that names the file, for what is not JSON.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds {type(config).__name__}, not a configuration.")
     return config

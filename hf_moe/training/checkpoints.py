@@ -112,7 +112,7 @@ def save_checkpoint(trainer: "FinetuneTrainer", folder: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    if _sharded(accelerator):
+    if is_sharded(accelerator):
         accelerator.save_state(str(staging / "sharded"))
     elif accelerator.is_main_process:
         save_weights(trainer.unwrapped, staging)
@@ -182,7 +182,7 @@ def load_checkpoint(trainer: "FinetuneTrainer", folder: Path, weights_only: bool
                 f"{folder} cannot be taken up: its {name} is {saved['run'].get(name)}, that of this run is {value}"
             )
     accelerator = trainer.accelerator
-    if _sharded(accelerator):
+    if is_sharded(accelerator):
         accelerator.load_state(str(folder / "sharded"))
     else:
         load_weights(trainer.unwrapped, folder)
@@ -231,5 +231,5 @@ def _set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _sharded(accelerator: Accelerator) -> bool:
+def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)

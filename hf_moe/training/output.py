@@ -8,6 +8,7 @@ from typing import Any
 
 from .arguments import FinetuneArguments
 from .charts import draw_losses
+from .checkpoints import is_sharded
 from .trainer import FinetuneTrainer, TrainResult, base_model
 
 CHART = "loss.png"
@@ -23,7 +24,7 @@ def write_result(trainer: FinetuneTrainer, result: TrainResult) -> Path:
     staging = folder / ".result.tmp"
     model = trainer.unwrapped
     state = None
-    if _is_sharded(trainer):
+    if is_sharded(accelerator):
         state = accelerator.get_state_dict(trainer.model)
     if accelerator.is_main_process:
         shutil.rmtree(staging, ignore_errors=True)
@@ -47,7 +48,7 @@ def write_result(trainer: FinetuneTrainer, result: TrainResult) -> Path:
 
 def write_merged(trainer: FinetuneTrainer, result: TrainResult, folder: Path) -> None:
     """Merges the adapter into the model, for good, and saves that beside the adapter."""
-    if _is_sharded(trainer):
+    if is_sharded(trainer.accelerator):
         raise ValueError("--merge_adapter needs the whole model on one process: merge the adapter afterwards")
     staging = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(staging, ignore_errors=True)
@@ -58,12 +59,6 @@ def write_merged(trainer: FinetuneTrainer, result: TrainResult, folder: Path) ->
     write_card(staging / "README.md", trainer, result, merged=True)
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)
-
-
-def _is_sharded(trainer: FinetuneTrainer) -> bool:
-    from .checkpoints import _sharded
-
-    return _sharded(trainer.accelerator)
 
 
 def write_card(path: Path, trainer: FinetuneTrainer, result: TrainResult, merged: bool = False) -> None:

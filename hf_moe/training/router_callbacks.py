@@ -77,7 +77,7 @@ class BalanceCallback(Callback):
         self.balance.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        return self.balance.state_dict() if hasattr(self.balance, "state_dict") else {}
+        return self.balance.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
