@@ -170,10 +170,10 @@ def demo_config(tokenizer: PreTrainedTokenizerFast) -> DeepseekV3Config:
     """The architecture of DeepSeek-V3 at a size that one CPU core can train in an hour."""
     return DeepseekV3Config(
         vocab_size=VOCAB_SIZE,
-        hidden_size=192,
-        intermediate_size=512,
-        moe_intermediate_size=64,
-        num_hidden_layers=4,
+        hidden_size=144,
+        intermediate_size=384,
+        moe_intermediate_size=48,
+        num_hidden_layers=8,
         first_k_dense_replace=1,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -181,7 +181,7 @@ def demo_config(tokenizer: PreTrainedTokenizerFast) -> DeepseekV3Config:
         kv_lora_rank=64,
         qk_nope_head_dim=32,
         qk_rope_head_dim=16,
-        v_head_dim=48,
+        v_head_dim=32,
         n_routed_experts=8,
         num_experts_per_tok=3,
         n_shared_experts=1,
