@@ -18,7 +18,16 @@ from ..models.op_quant import FP8, FP8_MAX, block_grid, dequantize_block_fp8, de
 from ..models.weights_lazy import read_quantization_config
 from ..models.weights_safetensors import CheckpointError
 from .arithmetic import decode_block_rows, encode_block_rows, scratch
-from .families import bfloat16_config, find_family, fp8_config, is_exempt, quantization_of, require_family
+from .families import (
+    bfloat16_config,
+    find_family,
+    fp8_config,
+    is_exempt,
+    is_float32,
+    is_quantized,
+    quantization_of,
+    require_family,
+)
 from .plan import Copy, Group, Output, Plan, Tensors, copy_group
 from .source import Source
 
@@ -351,7 +360,7 @@ def plan_fp8(source: Source, ue8m0: bool = False, block_size: tuple[int, int] = 
     for weight in weights.values():
         if _is_fused(weight.name):
             raise source.complain(weight.inputs[0], "stacks experts; convert the checkpoint `--to per-expert` first")
-        wanted = family.is_quantized(weight.name) and not is_exempt(source.config, weight.name)
+        wanted = is_quantized(family, weight.name) and not is_exempt(source.config, weight.name)
         if weight.kind == "fp8" and (wanted or powers == ue8m0) and weight.block_size == tuple(block_size):
             if powers or not ue8m0:
                 groups.extend(_kept_groups(source, weight))
@@ -401,7 +410,7 @@ def _plain_group(source: Source, weight: Weight) -> Group:
     if weight.kind == "plain":
         family = find_family(source.config)
         wide = weight.dtype in _FLOATS and weight.dtype != torch.bfloat16
-        if not wide or family is None or family.is_float32(weight.name):
+        if not wide or family is None or is_float32(family, weight.name):
             return copy_group(source, weight.name)
     output = Output(weight.name, torch.bfloat16, weight.shape)
     return Group(weight.inputs, (output,), Decode(weight, torch.bfloat16), weight.strip)

@@ -22,8 +22,8 @@ from ..inspect.count import count_parameters
 from ..inspect.report import bytes_text, count_text
 from ..inspect.sources import Source, read_json, read_source, stored_precision
 from ..version import __version__
-from .bundle import model_type_of
-from .families import FAMILIES, Family, Licence, licence_of
+from .bundle import require_model_type
+from .families import FAMILIES, Family, Licence, licence_of, plain_family
 from .manifest import MANIFEST
 
 TEMPLATE = Path(__file__).parent / "card.md"
@@ -156,10 +156,10 @@ def render_card(checkpoint: Checkpoint, options: CardOptions = CardOptions()) ->
     """The card as text, with its metadata, signed.
 
     Raises:
-        ValueError: for a model type without a family, or a licence that the Hub's metadata cannot hold.
+        ValueError: for a model that is not ours, or a licence that the Hub's metadata cannot hold.
     """
-    model_type = model_type_of(checkpoint.config, checkpoint.name)
-    family = FAMILIES[model_type]
+    model_type = require_model_type(checkpoint.config, checkpoint.name)
+    family = FAMILIES.get(model_type) or plain_family(model_type)
     base = base_model_of(checkpoint, options)
     licence, metadata = _licence(checkpoint, options, base)
     data = ModelCardData(
@@ -263,7 +263,8 @@ def _licence(checkpoint: Checkpoint, options: CardOptions, base: str | None) -> 
         return f"`{options.licence}`.{see}", {"license": options.licence}
     if known:
         title = f"[{known.title}]({known.link})" if known.link else known.title
-        owner = FAMILIES[model_type_of(checkpoint.config, checkpoint.name)].maker
+        family = FAMILIES.get(require_model_type(checkpoint.config, checkpoint.name))
+        owner = family.maker if family else base.partition("/")[0]
         return f"{title}, as {owner} released [{base}](https://huggingface.co/{base}).{see}", metadata_of(known)
     if isinstance(stated, str):
         metadata = {key: str(checkpoint.metadata[key]) for key in checkpoint.metadata if key.startswith("license")}
@@ -280,10 +281,10 @@ def metadata_of(licence: Licence) -> dict[str, str]:
 
 
 def _introduction(family: Family, base: str | None) -> str:
+    architecture = f"{family.title} architecture" + (f" by {family.maker}" if family.maker else "")
     if base:
-        link = f"[{base}](https://huggingface.co/{base})"
-        return f"Weights of {link}, in the {family.title} architecture by {family.maker}."
-    return f"A model in the {family.title} architecture by {family.maker}."
+        return f"Weights of [{base}](https://huggingface.co/{base}), in the {architecture}."
+    return f"A model in the {architecture}."
 
 
 def _needs(checkpoint: Checkpoint) -> str:

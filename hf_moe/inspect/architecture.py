@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..register import model_type_of
+
 Shape = tuple[int, int]
 
 
@@ -92,7 +94,9 @@ class Architecture:
 
 def read_architecture(config: dict[str, Any], name: str) -> Architecture:
     """Raises `ValueError` for a model type that has no formula here, and for a key that is missing."""
-    model_type = config.get("model_type") or type_by_name(config.get("architectures"))
+    model_type = config.get("model_type")
+    if model_type not in READERS:
+        model_type = model_type_of(config) or model_type
     reader = READERS.get(model_type)
     if reader is None:
         raise ValueError(
@@ -103,16 +107,6 @@ def read_architecture(config: dict[str, Any], name: str) -> Architecture:
         return reader(config, name)
     except KeyError as error:
         raise ValueError(f"{name}: the configuration lacks {error.args[0]!r}.") from error
-
-
-def type_by_name(architectures: list[str] | None) -> str | None:
-    """Model type by class name: some releases leave `model_type` out."""
-    names = {
-        "LongcatFlashForCausalLM": "longcat_flash",
-        "LongcatFlashNgramForCausalLM": "longcat_flash_ngram",
-        "Step3VLForConditionalGeneration": "step3_vl",
-    }
-    return next((names[name] for name in architectures or () if name in names), None)
 
 
 def _mlp(hidden: int, width: int) -> tuple[Shape, ...]:

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_moe.conversion.arithmetic import decode_block_rows, encode_block_rows
-from hf_moe.conversion.families import FAMILIES, find_family, is_exempt
+from hf_moe.conversion.families import find_family, is_exempt, is_quantized
 from hf_moe.conversion.quantization import plan_bf16, plan_fp8, plan_fp8_ue8m0
 from hf_moe.conversion.run import convert
 from hf_moe.conversion.source import open_source
 from hf_moe.models.op_quant import dequantize_block_fp8, quantize_block_fp8
 from hf_moe.models.weights_safetensors import CheckpointError
+from hf_moe.register import FAMILIES
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 FP8 = torch.float8_e4m3fn
@@ -356,14 +357,27 @@ QUANTISED = [
     ("model_type", "name", "quantised"), [(*row, False) for row in KEPT] + [(*row, True) for row in QUANTISED]
 )
 def test_what_releases_quantise(model_type, name, quantised):
-    assert find_family({"model_type": model_type}).is_quantized(name) is quantised
+    assert is_quantized(find_family({"model_type": model_type}), name) is quantised
 
 
 def test_families_are_found_without_a_model_type():
-    for family in FAMILIES:
-        for architecture in family.architectures:
-            assert find_family({"architectures": [architecture]}) is family
+    known = {
+        "DeepseekV3ForCausalLM": "deepseek_v3",
+        "DeepseekV2ForCausalLM": "deepseek_v2",
+        "Step3VLForConditionalGeneration": "step3_vl",
+        "Step3TextForCausalLM": "step3_text",
+        "LongcatFlashForCausalLM": "longcat_flash",
+        "LongcatFlashNgramForCausalLM": "longcat_flash_ngram",
+        "LongcatCausalLM": "longcat",
+        "LongcatNextForCausalLM": "longcat_next",
+    }
+    for architecture, model_type in known.items():
+        assert find_family({"architectures": [architecture]}).model_type == model_type
     assert find_family({"model_type": "llama", "architectures": ["DeepseekV3ForCausalLM"]}) is None
+
+
+def test_every_registered_family_says_what_to_quantise():
+    assert all(find_family({"model_type": model_type}).fp8_weights for model_type in FAMILIES)
 
 
 def test_mtp_layers_are_converted(tmp_path):
