@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from ..units import bytes_text
 from .arguments import FinetuneArguments
 from .lora import check_targets, mtp_targets
 
@@ -78,17 +79,9 @@ def estimate_memory(model: nn.Module, optimizer_states: int = 2) -> str:
     count, total = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
     return (
         f"{count:,} of {total:,} parameters are trained ({100 * count / total:.2f} %). Memory: weights "
-        f"{_size(weights)}, gradients {_size(gradients)}, optimiser {_size(optimizer)}, together "
-        f"{_size(weights + gradients + optimizer)} and activations"
+        f"{bytes_text(weights)}, gradients {bytes_text(gradients)}, optimiser {bytes_text(optimizer)}, together "
+        f"{bytes_text(weights + gradients + optimizer)} and activations"
     )
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def memory_hint(error: torch.OutOfMemoryError) -> str:
