@@ -13,6 +13,8 @@ from ..models.op_quant import fp8_scales
 _HALVES_BIAS = 2.0**120
 _CODE_BITS = 0x87F0 - (1 << 16)  # sign, exponent and mantissa of an e4m3 number four bits to the left, as int16
 _MAGNITUDE_BITS = 0x7FFFFFFF
+_FIRST_ROWS = 8
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _held = threading.local()
 
 
@@ -70,3 +72,28 @@ def encode_block_rows(values: torch.Tensor, codes: torch.Tensor, columns: int, u
     # No quotient rounds to more than 448 by more than a unit in the last place, which e4m3 does not see.
     codes.copy_(values.div_(scales.repeat_interleave(columns)[:width]))
     return scales
+
+
+def changed_blocks(codes: torch.Tensor, scales: torch.Tensor, source: torch.Tensor, columns: int) -> int:
+    """How many blocks of one row of blocks no longer hold the very numbers that they were made from.
+
+    Args:
+        codes, scales, columns: as `decode_block_rows` takes them.
+        source: (R, I), a float dtype; what `codes` stand for is rounded to it and compared bit for bit.
+    """
+    # What is not of this format changes at once: most blocks are done with after a few rows.
+    changed = _differing(codes[:_FIRST_ROWS], scales, source[:_FIRST_ROWS], columns)
+    if codes.shape[0] > _FIRST_ROWS and not changed.all():
+        changed |= _differing(codes[_FIRST_ROWS:], scales, source[_FIRST_ROWS:], columns)
+    return int(changed.sum())
+
+
+def _differing(codes: torch.Tensor, scales: torch.Tensor, source: torch.Tensor, columns: int) -> torch.Tensor:
+    """(ceil(I / columns),) boolean: blocks with a number that differs."""
+    width, dtype = codes.shape[1], _BITS[source.element_size()]
+    rounded = decode_block_rows(codes, scales, columns)
+    if source.dtype != torch.float32:
+        rounded = scratch(f"rounded {source.dtype}", tuple(codes.shape), source.dtype).copy_(rounded)
+    bits = rounded.view(dtype).bitwise_xor_(source.contiguous().view(dtype))
+    tops = bits.view(torch.uint8).amax(0).view(width, -1).amax(1)
+    return torch.nn.functional.pad(tops, (0, -width % columns)).view(-1, columns).amax(1) > 0

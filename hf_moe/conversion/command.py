@@ -113,6 +113,9 @@ def print_summary(source: Source, summary: Summary, dry_run: bool) -> None:
         rate = summary.bytes_written / max(summary.seconds, 1e-9)
         lines.append(f"written to {summary.target} in {human_seconds(summary.seconds)}, {bytes_text(rate)}/s")
         report = summary.manifest["steps"][-1].get("report", {})
+        if report.get("blocks"):
+            changed, blocks = int(report["changed_blocks"]), int(report["blocks"])
+            lines.append(f"{changed:,} of {blocks:,} blocks do not hold the very numbers of the source")
         if report.get("sampled_squared_weights"):
             error = (report["sampled_squared_error"] / report["sampled_squared_weights"]) ** 0.5
             lines.append(f"relative error of the quantised weights (root mean square): {error:.3g}")
