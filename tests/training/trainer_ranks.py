@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tiny import tiny_model
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from hf_moe.demo import DEMO_MODEL
 from hf_moe.training import FinetuneArguments, FinetuneTrainer, run
 from hf_moe.training.data import IGNORE_INDEX, TokenRows
 from hf_moe.training.output import write_result
@@ -72,7 +73,7 @@ def zero3_accelerator() -> Accelerator:
     )
 
 
-ACCELERATORS = {"ddp": lambda: None, "fsdp2": sharded_accelerator, "zero3": zero3_accelerator}
+ACCELERATORS = {"one": lambda: None, "ddp": lambda: None, "fsdp2": sharded_accelerator, "zero3": zero3_accelerator}
 
 
 def with_lora(model):
@@ -102,20 +103,23 @@ def train(folder: Path, batch_size: int, way: str, resume: str | None = None, **
     return trainer
 
 
-def finetune_folders(folder: Path) -> None:
-    """The whole way from a checkpoint to a result, loaded into parameters that are partitioned from the start."""
-    run.make_accelerator = lambda args: zero3_accelerator()
-    for name, options in {
-        "full": {},
-        "factors": {"use_peft": True, "gradient_checkpointing": True},
-    }.items():
+def finetune_folders(folder: Path, batch_size: int, way: str) -> dict[str, list]:
+    """The whole way from a checkpoint to a result; with ZeRO-3 the weights are read into partitioned parameters."""
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": f"Item {n}: the square of {n} is {n * n}."}) + "\n" for n in range(24)))
+    if way == "zero3":
+        run.make_accelerator = lambda args: zero3_accelerator()
+    logs = {}
+    for name, options in {"full": {}, "factors": {"use_peft": True, "gradient_checkpointing": True}}.items():
         args = FinetuneArguments(
-            model_name_or_path=str(folder / "checkpoint"), dataset_name=str(folder / "rows.jsonl"), max_length=32,
-            output_dir=str(folder / name), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-            learning_rate=1e-3, weight_decay=0.1, disable_tqdm=True, save_strategy="no", logging_steps=1,
-            lr_scheduler_type="constant", **options,
+            model_name_or_path=str(DEMO_MODEL), dataset_name=str(data), output_dir=str(folder / name), max_steps=2,
+            max_length=64, per_device_train_batch_size=batch_size, gradient_accumulation_steps=2, learning_rate=1e-3,
+            weight_decay=0.1, disable_tqdm=True, save_strategy="no", logging_steps=1, use_cpu=way != "zero3",
+            lr_scheduler_type="constant", dtype="float32", **options,
         )  # fmt: skip
-        run.finetune(args)
+        result = run.finetune(args)
+        logs[name] = [result.trained_parameters, *losses(result.trainer)]
+    return logs
 
 
 def losses(trainer: FinetuneTrainer) -> list[dict[str, float]]:
@@ -136,8 +140,7 @@ def main(folder: Path, batch_size: int, way: str) -> None:
     write_result(lora, lora.result)
     lora_resumed = train(folder / "lora2", batch_size, way, str(folder / "lora" / "checkpoint-2"), **factors)
     write_result(lora_resumed, lora_resumed.result)
-    if way == "zero3":
-        finetune_folders(folder)
+    finetuned = finetune_folders(folder, batch_size, way) if way in ("one", "zero3") else {}
     if straight.accelerator.is_main_process:
         equal = all(torch.equal(weights[name], again[name]) for name in weights)
         summary = {
@@ -145,6 +148,7 @@ def main(folder: Path, batch_size: int, way: str) -> None:
             "resumed": losses(resumed),
             "equal": equal,
             "lora": losses(lora),
+            "finetuned": finetuned,
             "kind": str(straight.accelerator.distributed_type),
         }
         (folder / "summary.json").write_text(json.dumps(summary))
