@@ -114,8 +114,8 @@ def print_summary(source: Source, summary: Summary, dry_run: bool) -> None:
         lines.append(f"written to {summary.target} in {human_seconds(summary.seconds)}, {bytes_text(rate)}/s")
         report = summary.manifest["steps"][-1].get("report", {})
         if report.get("blocks"):
-            changed, blocks = int(report["changed_blocks"]), int(report["blocks"])
-            lines.append(f"{changed:,} of {blocks:,} blocks do not hold the very numbers of the source")
+            same = report["blocks"] - report["changed_blocks"]
+            lines.append(f"blocks that give the source's numbers back: {same:,} of {report['blocks']:,}")
         if report.get("sampled_squared_weights"):
             error = (report["sampled_squared_error"] / report["sampled_squared_weights"]) ** 0.5
             lines.append(f"relative error of the quantised weights (root mean square): {error:.3g}")

@@ -145,7 +145,7 @@ class Decode:
 class EncodeFp8:
     """Step: a weight as block FP8, values and scales.
 
-    Counts the blocks that do not come back bit for bit, and adds up what rounding does to a sample of the blocks.
+    Counts the blocks whose numbers change (see `changed_blocks`), and adds up what rounding does to a sample of them.
     """
 
     weight: Weight

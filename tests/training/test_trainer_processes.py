@@ -30,7 +30,8 @@ def start(folder: Path, way: str, batch_size: int, world: int) -> list[subproces
         port = found.getsockname()[1]
     processes = []
     for rank in range(world):
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment |= {"DS_ACCELERATOR": "cpu"} if way == "zero3" else {"ACCELERATE_USE_CPU": "true"}
         environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[1]), str(SCRIPT.parents[2])])
         if world > 1:
             environment |= {
