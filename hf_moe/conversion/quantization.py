@@ -17,7 +17,7 @@ import torch
 from ..models.op_quant import FP8, FP8_MAX, block_grid, dequantize_block_fp8, dequantize_packed_int4
 from ..models.weights_lazy import read_quantization_config
 from ..models.weights_safetensors import CheckpointError
-from .arithmetic import decode_block_rows, encode_block_rows, scratch
+from .arithmetic import changed_blocks, decode_block_rows, encode_block_rows, scratch
 from .families import (
     bfloat16_config,
     find_family,
@@ -152,7 +152,10 @@ class Decode:
 
 @dataclass(frozen=True)
 class EncodeFp8:
-    """Step: a weight as block FP8, values and scales. Adds up what rounding does to a sample of the blocks."""
+    """Step: a weight as block FP8, values and scales.
+
+    Counts the blocks whose numbers change (see `changed_blocks`), and adds up what rounding does to a sample of them.
+    """
 
     weight: Weight
     block_size: tuple[int, int]
@@ -162,17 +165,26 @@ class EncodeFp8:
         name, shape, block = self.weight.name, _rows_of(self.weight, tensors), self.block_size[0]
         codes = torch.empty(shape, dtype=FP8)
         scales = torch.empty(block_grid(shape, self.block_size), dtype=torch.float32)
-        counts = {"sampled_squared_error": 0.0, "sampled_squared_weights": 0.0}
+        counts = {"blocks": scales.numel(), "changed_blocks": 0}
+        counts |= {"sampled_squared_error": 0.0, "sampled_squared_weights": 0.0}
+        plain = tensors[name] if self.weight.kind == "plain" else None
         for turn, (index, values) in enumerate(self.weight.decode(tensors, block)):
             # Rounding is measured in the first of every few rows of blocks: enough for a mean.
-            original = values.clone() if turn % _SAMPLED == 0 else None
+            sampled = turn % _SAMPLED == 0
+            original = values.clone() if sampled or plain is None else None
+            source = original if plain is None else plain[index]
             found = scales[grid_index(index, block)]
             for begin in range(0, len(found)):
                 rows = slice(begin * block, (begin + 1) * block)
                 found[begin] = encode_block_rows(values[rows], codes[index][rows], self.block_size[1], self.ue8m0)
             if not found.isfinite().all():
                 raise CheckpointError(f"tensor {name} holds values that are not finite: it cannot be quantised.")
-            if original is not None:
+            for begin in range(0, len(found)):
+                rows = slice(begin * block, (begin + 1) * block)
+                counts["changed_blocks"] += changed_blocks(
+                    codes[index][rows], found[begin], source[rows], self.block_size[1]
+                )
+            if sampled:
                 error = dequantize_block_fp8(codes[index], found, self.block_size).sub_(original).flatten()
                 counts["sampled_squared_error"] += error.dot(error).item()
                 counts["sampled_squared_weights"] += original.flatten().dot(original.flatten()).item()

@@ -19,8 +19,8 @@ from yaml import YAMLError
 from ..inspect import cost
 from ..inspect.architecture import READERS, read_architecture
 from ..inspect.count import count_parameters
-from ..inspect.report import bytes_text, count_text
 from ..inspect.sources import Source, read_json, read_source, stored_precision
+from ..units import bytes_text, count_text
 from ..version import __version__
 from .bundle import require_model_type
 from .families import FAMILIES, Family, Licence, licence_of, plain_family

@@ -13,6 +13,10 @@ from ..register import model_type_of
 Shape = tuple[int, int]
 
 
+def count_elements(linears: tuple[Shape, ...]) -> int:
+    return sum(rows * columns for rows, columns in linears)
+
+
 @dataclass(frozen=True)
 class Attention:
     """One attention sublayer.
@@ -34,7 +38,7 @@ class Attention:
 
     @property
     def linear_params(self) -> int:
-        return sum(rows * columns for rows, columns in self.linears)
+        return count_elements(self.linears)
 
 
 @dataclass(frozen=True)
@@ -113,10 +117,6 @@ def _mlp(hidden: int, width: int) -> tuple[Shape, ...]:
     return ((width, hidden), (width, hidden), (hidden, width))
 
 
-def _size(linears: tuple[Shape, ...]) -> int:
-    return sum(rows * columns for rows, columns in linears)
-
-
 def _latent_attention(c: dict[str, Any]) -> Attention:
     hidden, heads, rank = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"]
     nope, rope, value = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
@@ -193,7 +193,7 @@ def _deepseek(c: dict[str, Any], name: str) -> Architecture:
         norm_params=(2 * layers + 1) * hidden,
         mtp_linears=depths * block,
         mtp_other=depths * other,
-        mtp_active=depths * (_size(chosen) + other),
+        mtp_active=depths * (count_elements(chosen) + other),
         mtp_buffers=depths * experts * biased,
         mtp_copies=depths * 2 * c["vocab_size"] * hidden,
     )
@@ -237,7 +237,7 @@ def _longcat(c: dict[str, Any], name: str) -> Architecture:
         norm_params=(4 * layers + 1) * hidden,
         mtp_linears=depths * block,
         mtp_other=other,
-        mtp_active=depths * _size(block) + other,
+        mtp_active=depths * count_elements(block) + other,
         mtp_copies=vocab * hidden if depths else 0,
         **ngram,
     )

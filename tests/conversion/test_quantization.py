@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_moe.conversion.arithmetic import decode_block_rows, encode_block_rows
+from hf_moe.conversion.arithmetic import changed_blocks, decode_block_rows, encode_block_rows
 from hf_moe.conversion.families import find_family, is_exempt, is_quantized
 from hf_moe.conversion.quantization import plan_bf16, plan_fp8, plan_fp8_ue8m0
 from hf_moe.conversion.run import convert
@@ -108,6 +108,7 @@ def test_back_to_fp8_gives_the_bytes_where_a_blocks_maximum_is_representable(cas
     assert compared > 150
     report = summary.manifest["steps"][-1]["report"]
     assert 0 < report["sampled_squared_error"] < 0.002 * report["sampled_squared_weights"]
+    assert report["blocks"] - report["changed_blocks"] >= compared
 
 
 def test_the_error_report_counts_what_changed(tmp_path):
@@ -116,14 +117,36 @@ def test_the_error_report_counts_what_changed(tmp_path):
     summary = run(tmp_path / "bf16", plan_fp8, tmp_path / "fp8")
     plain, new = tensors_of(tmp_path / "bf16"), tensors_of(tmp_path / "fp8")
     error = weights = 0.0
+    blocks = changed = 0
     for name, tensor in new.items():
         if tensor.dtype == FP8:
-            decoded = cast_as_upstream(tensor, new[f"{name}_scale_inv"]).double()
+            decoded = cast_as_upstream(tensor, new[f"{name}_scale_inv"])
+            for rows, columns in blocks_of(decoded):
+                blocks += 1
+                after, before = (part[rows, columns].view(torch.int16).int() for part in (decoded, plain[name]))
+                changed += bool(((after - before).abs() > 1).any())
+            decoded = decoded.double()
             error += (decoded - plain[name].double()).square().sum().item()
             weights += plain[name].double().square().sum().item()
     report = summary.manifest["steps"][-1]["report"]
     assert report["sampled_squared_weights"] == pytest.approx(weights, rel=1e-4)  # all of it: the matrices are small
     assert report["sampled_squared_error"] == pytest.approx(error, rel=0.05)
+    assert (report["blocks"], report["changed_blocks"]) == (blocks, changed) and 0 < changed < blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [3, 128])
+def test_changed_blocks_are_counted_exactly(rows, dtype):
+    torch.manual_seed(rows)
+    codes = torch.randn(rows, 300).mul(100).to(FP8)
+    scales = torch.tensor([0.5, 0.25, 3.0])
+    source = dequantize_block_fp8(codes, scales[None], (128, 128)).to(dtype)
+    assert changed_blocks(codes, scales, source, 128) == 0
+    source[-1, 299] = 1000.0  # the last number of the last block, behind the first rows
+    assert changed_blocks(codes, scales, source, 128) == 1
+    source[0, 0] = -1000.0
+    assert changed_blocks(codes, scales, source, 128) == 2
+    assert changed_blocks(codes, scales, torch.randn(rows, 300).to(dtype), 128) == 3
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (127, 129), (128, 128), (200, 300), (576, 256), (130, 1)])
