@@ -31,7 +31,7 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
-from .generation_rows import RowCache, SingleLayerCache, check_cache, pick
+from .generation_rows import RowCache, SingleLayerCache, check_cache, columns_from, cut, pick, write
 from .generation_sampling import AllowedTokens, Processing, accept_greedy, accept_sampled
 from .generation_schedule import (
     DEFAULT_CONFIDENCE,
@@ -193,6 +193,9 @@ class MTPDecoding:
     ):
         self.model, self.settings, self.config = model, settings, generation_config
         self.device = input_ids.device
+        # Where the model takes its inputs: prompts may be on the CPU. An offloaded model moves them itself.
+        entry = model.get_input_embeddings().weight.device
+        self.entry = None if entry.type == "meta" else entry
         self.layers = [layer for _, layer in model.model.mtp_layers()]
         self.processing = Processing(logits_processor, input_ids.shape[0])
         self.do_sample = bool(generation_config.do_sample)
@@ -303,9 +306,8 @@ class MTPDecoding:
         return outputs.last_hidden_state
 
     def _place(self, value: torch.Tensor | None) -> torch.Tensor | None:
-        """Moves an input to where the model takes it: prompts may be on the CPU. Offloaded models do it themselves."""
-        device = self.model.get_input_embeddings().weight.device
-        return value if value is None or device.type == "meta" else value.to(device)
+        """Moves an input to where the model takes it."""
+        return value if value is None or self.entry is None else value.to(self.entry)
 
     # --- drafting ---------------------------------------------------------------------------------------------------
 
@@ -338,54 +340,50 @@ class MTPDecoding:
         Returns the last depth's state (B, 1, hidden) at the last slot, and which of the window's slots are real, as
         `RowCache.mask` takes it.
         """
-        pending = self._join_pending()
-        width = pending.shape[1]
+        states = self._join_pending()
+        width, device = states.shape[1], states.device
         starts = [length + self.mtp_offset for length in self.mtp_caches[0].lengths]
-        device = pending.device
-        columns = torch.arange(width, device=device)
-        slots = torch.tensor(starts, device=device).unsqueeze(1) + columns  # (B, W)
+        slots = columns_from(starts, width, device)  # (B or 1, W)
         even = all(length == width for length in self.pending_lengths)
         new: torch.Tensor | int = width
         if not even or self.mask is not None:
-            new = columns < torch.tensor(self.pending_lengths, device=device).unsqueeze(1)
+            new = torch.arange(width, device=device) < torch.tensor(self.pending_lengths, device=device).unsqueeze(1)
             if self.mask is not None and starts[0] < self.prompt:
-                hidden = self.mask[self._mask_rows()].to(device).gather(1, slots.clamp(max=self.prompt - 1)) == 0
+                hidden = cut(self.mask[self._mask_rows()].to(device), starts, width) == 0
                 new = new & ~(hidden & (slots < self.prompt))
-        last = torch.tensor(self.pending_lengths, device=device).unsqueeze(1) - 1  # (B, 1)
         positions = slots + self.shift.to(device)
-        states, drafts_at = pending, torch.tensor(self.lengths, device=device).unsqueeze(1)
         final = None
         for depth, (layer, cache) in enumerate(zip(self.layers, self.mtp_caches)):
             states = self.model.model.mtp_forward(
                 layer,
                 states,
-                self._embed(layer, slots + depth + 1),
+                self._embed(layer, [start + depth + 1 for start in starts], width),
                 cache.mask(new, device),
                 positions,
                 past_key_values=cache.cache,
             ).to(device)
-            final = states[:, -1:] if even else pick(states, last)
+            final = cut(states, [length - 1 for length in self.pending_lengths], 1)
             if depth < heads:
-                self._draft_token(layer, final, depth, drafts_at)
+                self._draft_token(layer, final, depth)
         return final, new
 
     def _mask_rows(self) -> torch.Tensor:
         return torch.tensor(self.rows, device=self.mask.device)
 
-    def _embed(self, layer: nn.Module, slots: torch.Tensor) -> torch.Tensor:
-        """What an MTP layer takes for the tokens at these slots (B, n)."""
-        slots = slots.to(self.device).clamp(max=self.tokens.shape[1] - 1)
-        embeds = self.model.mtp_embed(layer, self._place(self.tokens.gather(1, slots)))
+    def _embed(self, layer: nn.Module, starts: list[int], count: int) -> torch.Tensor:
+        """What an MTP layer takes for the tokens at `count` slots of each row, from `starts[b]` on."""
+        embeds = self.model.mtp_embed(layer, self._place(cut(self.tokens, starts, count)))
         if self.prompt_embeds is not None and self.mtp_caches[0].length + self.mtp_offset < self.prompt:
-            rows = torch.tensor(self.rows, device=slots.device)
-            prompt = pick(self.prompt_embeds[rows], slots.clamp(max=self.prompt - 1)).to(embeds)
-            embeds = torch.where((slots < self.prompt).unsqueeze(-1).to(embeds.device), prompt, embeds)
+            rows = torch.tensor(self.rows, device=self.prompt_embeds.device)
+            prompt = cut(self.prompt_embeds[rows], starts, count).to(embeds)
+            is_prompt = columns_from(starts, count, embeds.device) < self.prompt
+            embeds = torch.where(is_prompt.unsqueeze(-1), prompt, embeds)
         return embeds
 
-    def _draft_token(self, layer: nn.Module, state: torch.Tensor, index: int, drafts_at: torch.Tensor) -> None:
+    def _draft_token(self, layer: nn.Module, state: torch.Tensor, index: int) -> None:
         """Drafts token `index` of the step from a state (B, 1, hidden)."""
         logits = self.model.mtp_head(layer)(state).to(device=self.device, dtype=torch.float32)
-        lengths = [length + index for length in self.lengths] if self.processing.processors else []
+        lengths = [length + index for length in self.lengths]
         scores = self.processing(logits, self.tokens, self.first, lengths, self.rows)
         threshold = self.settings.confidence_threshold
         if self.do_sample:
@@ -400,16 +398,19 @@ class MTPDecoding:
         if chance is not None:
             self.chances.append(chance * self.chances[-1] if self.chances else chance)
         self.drafts.append(token)
-        self.tokens.scatter_(1, drafts_at.to(self.device) + index, token)
+        write(self.tokens, lengths, token)
 
     def _draft(self, count: int) -> int:
         """Drafts up to `count` tokens for every row; returns how many."""
         depths = len(self.layers)
         state, new = self._window(heads=count)
         layer, cache = self.layers[-1], self.mtp_caches[-1]
-        ends = torch.tensor(self.lengths, device=state.device).unsqueeze(1)
+        threshold = self.settings.confidence_threshold
+        # The first of these drafts comes from the state at the newest token.
+        positions = columns_from([length - 1 for length in self.lengths], count, state.device)
+        positions = positions + self.shift.to(state.device)
         for index in range(depths, count):
-            if self.device.type == "cpu" and self._sure_drafts() < index:
+            if self.device.type == "cpu" and self.chances and float(self.chances[-1].mean()) < threshold:
                 break
             # One slot behind the last state, whose token is the newest draft.
             if isinstance(new, int):
@@ -421,27 +422,25 @@ class MTPDecoding:
                 state,
                 self.model.mtp_embed(layer, self._place(self.drafts[-1])),
                 cache.mask(new, state.device),
-                ends + (index - depths - 1) + self.shift.to(state.device),
+                positions[:, index - depths : index - depths + 1],
                 past_key_values=cache.cache,
             ).to(state.device)
-            self._draft_token(layer, state, index, ends)
-        kept = min(len(self.drafts), self._sure_drafts() + 1)
+            self._draft_token(layer, state, index)
+        kept = self._worth_checking()
         self.drafts, self.draft_probs = self.drafts[:kept], self.draft_probs[:kept]
         self._commit_window()
         return kept
 
-    def _sure_drafts(self) -> int:
-        """How many drafts of the step, from the first, are worth another one behind them.
+    def _worth_checking(self) -> int:
+        """How many drafts of the step, from the first, to check: those that are likely enough, and one behind them.
 
         The decision rests on the distributions of drafts, never on the tokens drawn from them, so that sampling stays
         exact. On an accelerator it is taken once per step, since reading it waits for the device.
         """
-        if not self.chances:
+        if len(self.chances) < 2:
             return len(self.drafts)
-        if len(self.rows) == len(self.chances) == 1:
-            return int(float(self.chances[0]) >= self.settings.confidence_threshold)
-        means = torch.cat(self.chances, dim=1).mean(0)  # (drafts,), falling
-        return int((means >= self.settings.confidence_threshold).sum())
+        means = torch.cat(self.chances[:-1], dim=1).mean(0)  # (drafts - 1,), falling
+        return 1 + int((means >= self.settings.confidence_threshold).sum())
 
     def _commit_window(self) -> None:
         """Keeps in the MTP caches what rests on known tokens, and the states of the rest."""
@@ -456,9 +455,7 @@ class MTPDecoding:
         states = self.pending[0][0]  # `_window` joined them
         self.pending, self.pending_lengths = [], left
         if width:
-            starts = torch.tensor(kept, device=states.device).unsqueeze(1)
-            columns = starts + torch.arange(width, device=states.device)
-            self.pending = [(pick(states, columns.clamp(max=states.shape[1] - 1)), left)]
+            self.pending = [(cut(states, kept, width), left)]
 
     def _catch_up(self) -> None:
         """Runs the MTP layers over pending states without drafting."""
@@ -509,12 +506,11 @@ class MTPDecoding:
 
     def _check(self, drafted: int) -> torch.Tensor:
         """Runs the model over the newest token and the drafts of every row: states (B, drafted + 1, hidden)."""
-        starts = torch.tensor(self.lengths, device=self.device).unsqueeze(1) - 1
-        slots = starts + torch.arange(drafted + 1, device=self.device)
+        starts = [length - 1 for length in self.lengths]
         return self._run_model(
-            input_ids=self.tokens.gather(1, slots),
+            input_ids=cut(self.tokens, starts, drafted + 1),
             attention_mask=self.main.mask(drafted + 1, self.device),
-            position_ids=slots + self.shift,
+            position_ids=columns_from(starts, drafted + 1, self.device) + self.shift,
         )
 
     def _take(self, logits: torch.Tensor, drafted: int, states: torch.Tensor | None = None) -> list[int]:
@@ -530,11 +526,11 @@ class MTPDecoding:
             accepted, following = accept_sampled(scores, drafts, probs)
         else:
             accepted, following = accept_greedy(scores, drafts)
-        ends = torch.tensor(self.lengths, device=self.device).unsqueeze(1)
-        self.tokens.scatter_(1, ends + accepted.unsqueeze(1), following.unsqueeze(1))
+        following = following.unsqueeze(1)
         # The one place per step that waits for the device.
-        booked = torch.cat((drafts, following.unsqueeze(1), accepted.unsqueeze(1)), dim=1).tolist()
+        booked = torch.cat((drafts, following, accepted.unsqueeze(1)), dim=1).tolist()
         counts = [row[-1] for row in booked]
+        write(self.tokens, [length + count for length, count in zip(self.lengths, counts)], following)
         news = [row[:count] + [row[-2]] for row, count in zip(booked, counts)]
         kept = self._book(news, scores, logits)
         if states is not None:
