@@ -262,12 +262,13 @@ class MTPDecoding:
         if position_ids is None:
             position_ids = torch.arange(past, prompt, device=self.device).unsqueeze(0)
         self.prompt_positions = position_ids[:, -new:].expand(batch, -1)
-        # Positions go on from the last one: slot + shift.
-        self.shift = self.prompt_positions[:, -1:] - (prompt - 1)  # (B, 1)
         self.mask = mask if mask is not None and mask.shape[1] == prompt and not bool(mask.all()) else None
         room = max(1, self.max_length - given) if self.max_length else 256
         self.tokens = input_ids.new_zeros((batch, prompt + room + self.settings.num_assistant_tokens + 1))
         self.tokens[:, self.first : prompt] = input_ids
+        # Position of every slot, which go on from the last one of the prompt.
+        shift = self.prompt_positions[:, -1:] - (prompt - 1)  # (B, 1)
+        self.positions = torch.arange(self.tokens.shape[1], device=self.device).unsqueeze(0) + shift
         self.prompt_ids = input_ids
         self.lengths = [prompt] * batch  # known tokens of each row
         self.rows = list(range(batch))
@@ -319,13 +320,15 @@ class MTPDecoding:
     def _join_pending(self) -> torch.Tensor:
         """The pending states as one tensor (B, W, hidden), each row's from the left."""
         parts = [part for part, _ in self.pending]
-        states = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        width = max(self.pending_lengths)
+        if len(parts) == 1:
+            return parts[0].narrow(1, 0, width)
+        states = torch.cat(parts, dim=1)
         columns, start = [[] for _ in self.pending_lengths], 0
         for part, counts in self.pending:
             for row, count in zip(columns, counts):
                 row.extend(range(start, start + count))
             start += part.shape[1]
-        width = max(self.pending_lengths)
         if all(row[-1:] == [len(row) - 1] for row in columns if row):  # nothing before a row's last is left out
             states = states[:, :width]
         else:
@@ -343,15 +346,14 @@ class MTPDecoding:
         states = self._join_pending()
         width, device = states.shape[1], states.device
         starts = [length + self.mtp_offset for length in self.mtp_caches[0].lengths]
-        slots = columns_from(starts, width, device)  # (B or 1, W)
         even = all(length == width for length in self.pending_lengths)
         new: torch.Tensor | int = width
         if not even or self.mask is not None:
             new = torch.arange(width, device=device) < torch.tensor(self.pending_lengths, device=device).unsqueeze(1)
             if self.mask is not None and starts[0] < self.prompt:
                 hidden = cut(self.mask[self._mask_rows()].to(device), starts, width) == 0
-                new = new & ~(hidden & (slots < self.prompt))
-        positions = slots + self.shift.to(device)
+                new = new & ~(hidden & (columns_from(starts, width, device) < self.prompt))
+        positions = cut(self.positions, starts, width).to(device)
         final = None
         for depth, (layer, cache) in enumerate(zip(self.layers, self.mtp_caches)):
             states = self.model.model.mtp_forward(
@@ -364,7 +366,7 @@ class MTPDecoding:
             ).to(device)
             final = cut(states, [length - 1 for length in self.pending_lengths], 1)
             if depth < heads:
-                self._draft_token(layer, final, depth)
+                self._draft_token(layer, final, depth, last=depth + 1 == heads)
         return final, new
 
     def _mask_rows(self) -> torch.Tensor:
@@ -380,12 +382,13 @@ class MTPDecoding:
             embeds = torch.where(is_prompt.unsqueeze(-1), prompt, embeds)
         return embeds
 
-    def _draft_token(self, layer: nn.Module, state: torch.Tensor, index: int) -> None:
-        """Drafts token `index` of the step from a state (B, 1, hidden)."""
+    def _draft_token(self, layer: nn.Module, state: torch.Tensor, index: int, last: bool) -> None:
+        """Drafts token `index` of the step, possibly its last one, from a state (B, 1, hidden)."""
         logits = self.model.mtp_head(layer)(state).to(device=self.device, dtype=torch.float32)
         lengths = [length + index for length in self.lengths]
         scores = self.processing(logits, self.tokens, self.first, lengths, self.rows)
-        threshold = self.settings.confidence_threshold
+        # The chance of the last one decides nothing.
+        threshold = 0.0 if last else self.settings.confidence_threshold
         if self.do_sample:
             probs = scores.softmax(-1)
             token = torch.multinomial(probs[:, 0], 1)
@@ -406,11 +409,10 @@ class MTPDecoding:
         state, new = self._window(heads=count)
         layer, cache = self.layers[-1], self.mtp_caches[-1]
         threshold = self.settings.confidence_threshold
-        # The first of these drafts comes from the state at the newest token.
-        positions = columns_from([length - 1 for length in self.lengths], count, state.device)
-        positions = positions + self.shift.to(state.device)
+        # On an accelerator reading a chance waits for the device: there it is done once per step.
+        at_once = self.device.type == "cpu"
         for index in range(depths, count):
-            if self.device.type == "cpu" and self.chances and float(self.chances[-1].mean()) < threshold:
+            if at_once and self.chances and float(self.chances[-1].mean()) < threshold:
                 break
             # One slot behind the last state, whose token is the newest draft.
             if isinstance(new, int):
@@ -422,11 +424,12 @@ class MTPDecoding:
                 state,
                 self.model.mtp_embed(layer, self._place(self.drafts[-1])),
                 cache.mask(new, state.device),
-                positions[:, index - depths : index - depths + 1],
+                # The first of these drafts comes from the state at the newest token.
+                cut(self.positions, [length - 1 + index - depths for length in self.lengths], 1).to(state.device),
                 past_key_values=cache.cache,
             ).to(state.device)
-            self._draft_token(layer, state, index)
-        kept = self._worth_checking()
+            self._draft_token(layer, state, index, last=index + 1 == count)
+        kept = len(self.drafts) if at_once and depths == 1 else self._worth_checking()
         self.drafts, self.draft_probs = self.drafts[:kept], self.draft_probs[:kept]
         self._commit_window()
         return kept
@@ -435,11 +438,12 @@ class MTPDecoding:
         """How many drafts of the step, from the first, to check: those that are likely enough, and one behind them.
 
         The decision rests on the distributions of drafts, never on the tokens drawn from them, so that sampling stays
-        exact. On an accelerator it is taken once per step, since reading it waits for the device.
+        exact.
         """
-        if len(self.chances) < 2:
+        chances = self.chances[: len(self.drafts) - 1]
+        if not chances:
             return len(self.drafts)
-        means = torch.cat(self.chances[:-1], dim=1).mean(0)  # (drafts - 1,), falling
+        means = torch.cat(chances, dim=1).mean(0)  # (drafts - 1,), falling
         return 1 + int((means >= self.settings.confidence_threshold).sum())
 
     def _commit_window(self) -> None:
@@ -492,7 +496,10 @@ class MTPDecoding:
         """Without a maximal length the buffer of tokens grows as needed."""
         short = max(self.lengths) + self.settings.num_assistant_tokens + 2 - self.tokens.shape[1]
         if self.max_length is None and short > 0:
-            self.tokens = nn.functional.pad(self.tokens, (0, max(short, self.tokens.shape[1])))
+            more = max(short, self.tokens.shape[1])
+            self.tokens = nn.functional.pad(self.tokens, (0, more))
+            behind = torch.arange(1, more + 1, device=self.device)
+            self.positions = torch.cat((self.positions, self.positions[:, -1:] + behind), dim=1)
 
     def _draft_limit(self) -> int:
         """Drafts that could still be used, and that the cache has room for."""
@@ -510,7 +517,7 @@ class MTPDecoding:
         return self._run_model(
             input_ids=cut(self.tokens, starts, drafted + 1),
             attention_mask=self.main.mask(drafted + 1, self.device),
-            position_ids=columns_from(starts, drafted + 1, self.device) + self.shift,
+            position_ids=cut(self.positions, starts, drafted + 1),
         )
 
     def _take(self, logits: torch.Tensor, drafted: int, states: torch.Tensor | None = None) -> list[int]:
@@ -520,7 +527,7 @@ class MTPDecoding:
         """
         # Processors see the drafts as if they had been generated.
         scores = self.processing(logits, self.tokens, self.first, self.lengths, self.rows)
-        drafts = torch.cat(self.drafts, dim=1) if drafted else self.tokens.new_zeros((len(self.rows), 0))
+        drafts = cut(self.tokens, self.lengths, drafted)
         if self.do_sample:
             probs = torch.cat(self.draft_probs, dim=1) if drafted else scores[:, :0]
             accepted, following = accept_sampled(scores, drafts, probs)
@@ -614,7 +621,7 @@ class MTPDecoding:
         for cache in (self.main, *self.mtp_caches):
             cache.select(active)
         index = torch.tensor(active, device=self.device)
-        self.tokens, self.shift = self.tokens[index], self.shift[index]
+        self.tokens, self.positions = self.tokens[index], self.positions[index]
         self.pending = [(part[index.to(part.device)], [counts[i] for i in active]) for part, counts in self.pending]
         self.pending_lengths = [self.pending_lengths[i] for i in active]
 

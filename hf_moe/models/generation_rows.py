@@ -43,23 +43,21 @@ def pick(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def columns_from(starts: list[int], count: int, device: torch.device) -> torch.Tensor:
-    """(B, count): in each row `starts[b]` and what follows it; (1, count) where that is the same in all rows."""
-    if _all_equal(starts):
-        return torch.arange(starts[0], starts[0] + count, device=device).unsqueeze(0)
+    """(B, count): in each row `starts[b]` and what follows it."""
     return torch.tensor(starts, device=device).unsqueeze(1) + torch.arange(count, device=device)
 
 
 def cut(rows: torch.Tensor, starts: list[int], count: int) -> torch.Tensor:
     """`count` entries of each row of `rows` (B, T, ...), from `starts[b]` on; behind its end, the last one again."""
     if _all_equal(starts) and starts[0] + count <= rows.shape[1]:
-        return rows[:, starts[0] : starts[0] + count]
+        return rows.narrow(1, starts[0], count)
     return pick(rows, columns_from(starts, count, rows.device).clamp(max=rows.shape[1] - 1))
 
 
 def write(rows: torch.Tensor, starts: list[int], entries: torch.Tensor) -> None:
     """Puts `entries` (B, n) into `rows` (B, T), in each row from `starts[b]` on."""
     if _all_equal(starts):
-        rows[:, starts[0] : starts[0] + entries.shape[1]] = entries
+        rows.narrow(1, starts[0], entries.shape[1]).copy_(entries)
     else:
         rows.scatter_(1, columns_from(starts, entries.shape[1], rows.device), entries)
 
@@ -151,7 +149,7 @@ class RowCache:
             if isinstance(layer, StaticLayer):
                 layer.cumulative_length.fill_(length)
             elif layer.keys.shape[-2] > length:
-                layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+                layer.keys, layer.values = layer.keys.narrow(-2, 0, length), layer.values.narrow(-2, 0, length)
 
     def select(self, rows: list[int]) -> None:
         """Drops all rows but these (at least one), given as indices into the present batch."""
