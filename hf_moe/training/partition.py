@@ -1,8 +1,13 @@
-"""Parameters that DeepSpeed's ZeRO-3 has partitioned: they are empty vectors, and keep their shape in `ds_shape`."""
+"""Parameters that several processes share out.
 
+Those of FSDP2 know their whole shape. DeepSpeed's ZeRO-3 leaves empty vectors, which keep their shape in `ds_shape`.
+"""
+
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+import torch
 from torch import nn
 
 
@@ -14,3 +19,15 @@ def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 def count_elements(parameters: Iterable[nn.Parameter]) -> int:
     """Elements of parameters, on all processes that share them."""
     return sum(math.prod(whole_shape(parameter)) for parameter in parameters)
+
+
+@contextlib.contextmanager
+def gathered(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
+    """The whole parameter, as long as the context lasts; every process that holds a part of it enters."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield parameter
+    else:
+        yield parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter

@@ -51,6 +51,11 @@ def finetune(args: FinetuneArguments, callbacks: Sequence[Callback] = ()) -> Fin
         raise ImportError("LoRA needs peft: pip install 'hf-moe[train]'")
     check_output_dir(args)
     accelerator = make_accelerator(args)
+    if args.merge_adapter and is_sharded(accelerator):
+        raise ValueError(
+            "--merge_adapter needs the whole model in one process, which FSDP and DeepSpeed do not have: leave it out, "
+            "and merge the adapter afterwards with `hf-moe merge`"
+        )
     tokenizer = load_tokenizer(args)
     check_length(args)
     train, held_out = load_rows(tokenizer, args)
