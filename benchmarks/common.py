@@ -60,20 +60,29 @@ def device_name(device: str) -> str:
 def report(name: str, rows: list[dict], device: str, out: Path | None) -> None:
     """Prints `rows` as a table and writes them, with device and versions, to `<out>/<name>.json`."""
     table = Table(title=f"{name} on {device_name(device)}")
-    for column in rows[0]:
+    columns = dict.fromkeys(column for row in rows for column in row)
+    for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+        values = (row.get(column, "") for column in columns)
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
     Console().print(table)
+    print(f"written to {save(name, rows, device, out)}")
+
+
+def save(name: str, rows: list[dict], device: str, out: Path | None, **facts) -> Path:
+    """Writes `rows` and `facts` with device and versions; called again with more rows, it replaces the file."""
     record = {
         "benchmark": name,
         "device": device_name(device),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **facts,
         "rows": rows,
     }
     folder = out or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}_{'cpu' if device == 'cpu' else 'gpu'}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written to {path}")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    return temporary.replace(path)
