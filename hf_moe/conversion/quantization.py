@@ -176,7 +176,8 @@ class EncodeFp8:
             found = scales[grid_index(index, block)]
             for begin in range(0, len(found)):
                 rows = slice(begin * block, (begin + 1) * block)
-                found[begin] = encode_block_rows(values[rows], codes[index][rows], self.block_size[1], self.ue8m0)
+                half = source[rows] if source.dtype == torch.bfloat16 else None
+                found[begin] = encode_block_rows(values[rows], codes[index][rows], self.block_size[1], self.ue8m0, half)
             if not found.isfinite().all():
                 raise CheckpointError(f"tensor {name} holds values that are not finite: it cannot be quantised.")
             for begin in range(0, len(found)):

@@ -173,6 +173,11 @@ def test_rows_of_blocks_are_encoded_as_defined(shape, size, ue8m0):
     expected_codes, expected_scales = quantize_block_fp8(values, ue8m0=ue8m0)
     assert torch.equal(scales[None], expected_scales)
     assert same_bytes(codes, expected_codes)
+    half = values.bfloat16()
+    scales = encode_block_rows(half.float(), codes, 128, ue8m0, half)
+    expected_codes, expected_scales = quantize_block_fp8(half.float(), ue8m0=ue8m0)
+    assert torch.equal(scales[None], expected_scales)
+    assert same_bytes(codes, expected_codes)
 
 
 def test_zero_blocks_and_blocks_at_the_limits_survive(tmp_path):
