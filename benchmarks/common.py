@@ -19,8 +19,16 @@ RESULTS = Path(__file__).parent / "results"
 def time_interleaved(
     cases: dict[str, Callable[[], object]], repeats: int, device: str = "cpu", block: int = 1
 ) -> dict[str, float]:
-    """Median seconds of each case. The cases take turns, in a new order each time, so that a change of the machine's
-    speed and the caches that another case leaves behind meet all of them.
+    """Median seconds of each case, see `time_turns`."""
+    seconds = time_turns(cases, repeats, device, block)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def time_turns(
+    cases: dict[str, Callable[[], object]], repeats: int, device: str = "cpu", block: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each case, turn by turn. The cases take turns, in a new order each time, so that a change of the
+    machine's speed and the caches that another case leaves behind meet all of them.
 
     Args:
         cases: what to time, by name.
@@ -42,7 +50,7 @@ def time_interleaved(
                     torch.cuda.synchronize()
                 if turn:
                     seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def device_name(device: str) -> str:
@@ -57,23 +65,44 @@ def device_name(device: str) -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
-def report(name: str, rows: list[dict], device: str, out: Path | None) -> None:
-    """Prints `rows` as a table and writes them, with device and versions, to `<out>/<name>.json`."""
+def report(name: str, rows: list[dict], device: str, out: Path | None, keys: tuple[str, ...] = ()) -> None:
+    """Prints `rows` as a table and saves them.
+
+    Args:
+        keys: columns that tell rows apart, for a benchmark that runs in pieces: what earlier pieces wrote, with the
+            same device and versions, stays beside what was measured now.
+    """
+    path = _path(name, device, out)
+    if keys and path.exists():
+        earlier = json.loads(path.read_text())
+        if {**earlier, "rows": None} == {**_record(name, device), "rows": None}:
+            measured = [[row[key] for key in keys] for row in rows]
+            rows = [row for row in earlier["rows"] if [row[key] for key in keys] not in measured] + rows
     table = Table(title=f"{name} on {device_name(device)}")
-    for column in rows[0]:
+    columns = dict.fromkeys(column for row in rows for column in row)
+    for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+        values = (row.get(column, "") for column in columns)
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
     Console().print(table)
-    record = {
-        "benchmark": name,
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "rows": rows,
-    }
-    folder = out or RESULTS
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}_{'cpu' if device == 'cpu' else 'gpu'}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written to {path}")
+    print(f"written to {save(name, rows, device, out)}")
+
+
+def save(name: str, rows: list[dict], device: str, out: Path | None, **facts) -> Path:
+    """Writes `rows` and `facts`, with device and versions, to `<out>/<name>_<cpu or gpu>.json`; called again with more
+    rows, it replaces the file."""
+    path = _path(name, device, out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({**_record(name, device), **facts, "rows": rows}, indent=1) + "\n")
+    return temporary.replace(path)
+
+
+def _path(name: str, device: str, out: Path | None) -> Path:
+    return (out or RESULTS) / f"{name}_{'cpu' if device == 'cpu' else 'gpu'}.json"
+
+
+def _record(name: str, device: str) -> dict[str, str]:
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"benchmark": name, "device": device_name(device), **versions}

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import report, time_interleaved
+from common import report, save, time_interleaved
 from transformers import DynamicCache
 from transformers.models.deepseek_v3 import DeepseekV3Config as NativeConfig
 from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as NativeModel
@@ -90,6 +90,7 @@ def main() -> None:
                 "ratio": median["native"] / median["ours"],
             }
         )
+        save("decode", rows, args.device, args.out)
     report("decode", rows, args.device, args.out)
 
 

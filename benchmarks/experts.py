@@ -10,7 +10,7 @@ from itertools import cycle
 from pathlib import Path
 
 import torch
-from common import report, time_interleaved
+from common import report, save, time_interleaved
 
 from hf_moe.models.configuration_deepseek_v3 import DeepseekV3Config
 from hf_moe.models.layer_experts import Experts
@@ -76,6 +76,7 @@ def main() -> None:
             row = {"dtype": dtype_name, "tokens": tokens}
             row.update({f"{name} ms": median[name] * 1e3 if name in median else None for name in BACKENDS})
             rows.append({**row, "best native": best, "ratio": median[best] / median["hf_moe"]})
+            save("experts", rows, args.device, args.out)
     report("experts", rows, args.device, args.out)
 
 

@@ -12,7 +12,7 @@ from itertools import cycle
 from pathlib import Path
 
 import torch
-from common import report, time_interleaved
+from common import report, save, time_interleaved
 from transformers.models.longcat_flash import LongcatFlashConfig as NativeConfig
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashMoE as NativeMoE
 
@@ -97,6 +97,7 @@ def main() -> None:
                 row["real experts hit"] = sum((load.real > 0).sum().item() for load in loads) / len(loads)
                 row |= {f"{name} ms": seconds * 1e3 for name, seconds in median.items()}
                 rows.append({**row, "ratio": median["native"] / median["hf_moe"]})
+                save("longcat_moe", rows, args.device, args.out)
     report("longcat_moe", rows, args.device, args.out)
 
 

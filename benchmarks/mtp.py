@@ -5,15 +5,21 @@ wrong: what MTP costs where it does not help. Native Transformers speculates at 
 of layer 61 only; the benchmark tells it where they are.
 
     python benchmarks/mtp.py
+
+In pieces, each of which writes its rows beside those of the others:
+
+    python benchmarks/mtp.py --models demo --batches 1 --tokens 64 --append
 """
 
 import argparse
 import logging
+import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import report, time_interleaved
+from common import report, time_turns
 from decode import SIZES
 from transformers import AutoTokenizer, DynamicCache
 from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as NativeModel
@@ -30,9 +36,17 @@ PROMPTS = [
     "for key, value in sorted(d.items()):\n",
     "def parse_args(argv):\n    parser = argparse",
 ]
-ADAPTIVE = {"use_mtp": True}
-TWO = {"use_mtp": True, "num_assistant_tokens": 2, "num_assistant_tokens_schedule": "constant"}
-UP_TO_FOUR = {**TWO, "num_assistant_tokens": 4, "assistant_confidence_threshold": DEFAULT_CONFIDENCE}
+CONSTANT = {"use_mtp": True, "num_assistant_tokens_schedule": "constant"}
+OURS = {
+    "adaptive": {"use_mtp": True},
+    "two drafts": {**CONSTANT, "num_assistant_tokens": 2},
+    "up to four": {**CONSTANT, "num_assistant_tokens": 4, "assistant_confidence_threshold": DEFAULT_CONFIDENCE},
+}
+DECODINGS = (*OURS, "native plain", "native MTP")
+# Steps whose passes are timed together.
+PASSES = 60
+# What tells rows apart.
+KEYS = ("model", "tokens", "batch", "decoding")
 
 
 def load(name: str, folder: Path, device: str):
@@ -56,44 +70,41 @@ def load(name: str, folder: Path, device: str):
 
 
 @torch.no_grad()
-def step_cost(model, context: int, tokens_per_step: float, device: str) -> float:
-    """Seconds of the passes that a step with two drafts needs at batch 1: the check of three tokens, the MTP layer over
-    the tokens of the last step, and over one more."""
-    ids = torch.randint(3, model.config.vocab_size, (1, context), device=device)
+def pass_cases(model, context: int, tokens_per_step: float, prompts: list[torch.Tensor]) -> dict[str, Callable]:
+    """The passes of a step with two drafts at batch 1, one after the other as in a step, `PASSES` times: the MTP layer
+    over the tokens of the last step, and over one more, and the check of three tokens. And those over the prompts."""
+    ids = torch.randint(3, model.config.vocab_size, (1, context), device=prompts[0].device)
     cache, mtp_cache = DynamicCache(config=model.config), SingleLayerCache()
     states = model.model(ids, past_key_values=cache, use_cache=True).last_hidden_state
     _, layer = model.model.mtp_layers()[0]
     model.model.mtp_forward(layer, states, model.mtp_embed(layer, ids), past_key_values=mtp_cache)
-    width = round(tokens_per_step)
 
-    def run(count: int, main: bool) -> None:
-        positions = torch.arange(context, context + count, device=device).unsqueeze(0)
-        if main:
-            model.lm_head(model.model(ids[:, :count], past_key_values=cache, use_cache=True).last_hidden_state)
-            cache.crop(-count)
-        else:
-            embeds = model.mtp_embed(layer, ids[:, :count])
-            out = model.model.mtp_forward(
-                layer, states[:, :count], embeds, position_ids=positions, past_key_values=mtp_cache
-            )
-            model.mtp_head(layer)(out[:, -1:])
-            mtp_cache.crop(-count)
+    def draft(count: int) -> None:
+        positions = torch.arange(context, context + count, device=ids.device).unsqueeze(0)
+        embeds = model.mtp_embed(layer, ids[:, :count])
+        out = model.model.mtp_forward(
+            layer, states[:, :count], embeds, position_ids=positions, past_key_values=mtp_cache
+        )
+        model.mtp_head(layer)(out[:, -1:])
+        mtp_cache.crop(-count)
 
-    cases = {"check": lambda: run(3, True), "window": lambda: run(width, False), "chain": lambda: run(1, False)}
-    return sum(time_interleaved(cases, 20, device).values())
+    @torch.no_grad()
+    def step() -> None:
+        for _ in range(PASSES):
+            draft(round(tokens_per_step))
+            draft(1)
+            model.lm_head(model.model(ids[:, :3], past_key_values=cache, use_cache=True).last_hidden_state)
+            cache.crop(-3)
 
+    @torch.no_grad()
+    def prompt() -> None:
+        for prompt in prompts:
+            states = model.model(prompt, past_key_values=DynamicCache(config=model.config), use_cache=True)[0]
+            model.lm_head(states[:, -1:])
+            embeds = model.mtp_embed(layer, prompt)
+            model.model.mtp_forward(layer, states, embeds, past_key_values=SingleLayerCache())
 
-@torch.no_grad()
-def prompt_cost(model, ids: torch.Tensor, device: str) -> float:
-    """Seconds of the passes over a prompt: the model's, and that of the MTP layer."""
-    _, layer = model.model.mtp_layers()[0]
-
-    def run() -> None:
-        states = model.model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True).last_hidden_state
-        model.lm_head(states[:, -1:])
-        model.model.mtp_forward(layer, states, model.mtp_embed(layer, ids), past_key_values=SingleLayerCache())
-
-    return time_interleaved({"prompt": run}, 10, device)["prompt"]
+    return {"step": step, "prompt": prompt}
 
 
 def main() -> None:
@@ -101,23 +112,29 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 192])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--models", nargs="+", choices=("demo", "random"), default=["demo", "random"])
+    parser.add_argument("--decodings", nargs="+", choices=DECODINGS, default=DECODINGS, help="beside plain")
+    parser.add_argument("--append", action="store_true", help="keep the rows of earlier runs that this one lacks")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     rows = []
-    for name in ("demo", "random"):
+    for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
             ours, native, all_ids, all_mask = load(name, Path(folder), args.device)
             for batch in args.batches if name == "demo" else args.batches[:1]:
                 for tokens in args.tokens if name == "demo" else args.tokens[:1]:
                     rows += measure(name, ours, native, all_ids, all_mask, batch, tokens, args)
-    report("mtp", rows, args.device, args.out)
+    report("mtp", rows, args.device, args.out, KEYS if args.append else ())
 
 
 def measure(name, ours, native, all_ids, all_mask, batch: int, tokens: int, args) -> list[dict]:
-    groups = [(all_ids[i : i + 1], all_mask[i : i + 1]) for i in range(4)] if batch == 1 else [(all_ids, all_mask)]
-    groups = [tuple(part.repeat(max(1, batch // 4), 1) for part in group) for group in groups]
+    if batch == 1:  # one prompt after the other, without padding
+        prompts = [ids[mask.bool()].unsqueeze(0) for ids, mask in zip(all_ids, all_mask)]
+        groups = [(ids, torch.ones_like(ids)) for ids in prompts]
+    else:
+        groups = [tuple(part.repeat(batch // len(all_ids), 1) for part in (all_ids, all_mask))]
     reports = {}
 
     def run(model, key: str, options: dict):
@@ -133,32 +150,39 @@ def measure(name, ours, native, all_ids, all_mask, batch: int, tokens: int, args
 
         return call
 
-    cases = {
-        "plain": run(ours, "plain", {}),
-        "adaptive": run(ours, "adaptive", ADAPTIVE),
-        "two drafts": run(ours, "two drafts", TWO),
-        "up to four": run(ours, "up to four", UP_TO_FOUR),
-    }
+    decodings = {"plain": run(ours, "plain", {})}
+    decodings |= {key: run(ours, key, options) for key, options in OURS.items()}
     if batch == 1:
-        cases["native plain"] = run(native, "native plain", {})
-        cases["native MTP"] = run(native, "native MTP", {"use_mtp": True})
-    seconds = time_interleaved(cases, args.repeats, args.device)
+        decodings |= {"native plain": run(native, "native plain", {})}
+        decodings |= {"native MTP": run(native, "native MTP", {"use_mtp": True})}
+    decodings = {key: call for key, call in decodings.items() if key == "plain" or key in args.decodings}
+    passes = {}
+    if batch == 1 and "two drafts" in decodings:
+        decodings["two drafts"]()  # says how many tokens a step yields
+        passes = pass_cases(ours, all_ids.shape[1] + tokens // 2, tokens_per_step(reports["two drafts"]), prompts)
+    seconds = time_turns({**decodings, **passes}, args.repeats, args.device)
     generated = len(groups) * batch * (tokens - 1)
     rows = []
-    for key, time_taken in seconds.items():
-        row = {"model": name, "tokens": tokens, "batch": batch, "decoding": key, "tokens/s": generated / time_taken}
-        row["against plain"] = seconds["plain"] / time_taken
-        done = [entry for entry in reports[key] if entry is not None]
-        steps = sum(entry.steps for entry in done)
-        row["tokens per step"] = sum(entry.tokens for entry in done) / steps if done else 1.0
+    for key in decodings:
+        times, done = seconds[key], [entry for entry in reports[key] if entry is not None]
+        row = {"model": name, "tokens": tokens, "batch": batch, "decoding": key}
+        row["tokens/s"] = generated / statistics.median(times)
+        # Turn by turn, so that a machine whose speed changes from one to the next does not count.
+        row["against plain"] = statistics.median(plain / time for plain, time in zip(seconds["plain"], times))
+        row["tokens per step"] = tokens_per_step(done)
         row["acceptance by position"] = by_position(done)
         row["of what costs allow"] = ""
-        if key == "two drafts" and batch == 1:
-            allowed = step_cost(ours, tokens // 2, row["tokens per step"], args.device) * steps
-            allowed += sum(prompt_cost(ours, ids, args.device) for ids, _ in groups)
-            row["of what costs allow"] = round(allowed / time_taken, 3)
+        if key == "two drafts" and passes:
+            steps = sum(entry.steps for entry in done)
+            allowed = [steps * step / PASSES + prompt for step, prompt in zip(seconds["step"], seconds["prompt"])]
+            shares = (least / time for least, time in zip(allowed, times))
+            row["of what costs allow"] = round(statistics.median(shares), 3)
         rows.append(row)
     return rows
+
+
+def tokens_per_step(done: list) -> float:
+    return sum(entry.tokens for entry in done) / sum(entry.steps for entry in done) if done else 1.0
 
 
 def by_position(done: list) -> str:

@@ -27,7 +27,7 @@ DEFAULT_PROMPT = '''class Stack:
 NEXT_STEPS = """[bold]Where to go next[/bold]
   Another start:          hf-moe demo --prompt "def read_lines(path):" --temperature 0
   The model and its data: {card}
-  Your own checkpoint, any DeepSeek-V2, DeepSeek-V3 or Kimi-K2 folder in upstream format:
+  Your own checkpoint, a DeepSeek, Kimi-K2, Step3 or LongCat-Flash folder in upstream format:
     import hf_moe
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained("path/to/checkpoint", device_map="auto")"""

@@ -2,6 +2,8 @@
 
 import functools
 import importlib
+from collections.abc import Mapping
+from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, models
 
@@ -52,13 +54,33 @@ def register() -> None:
                 continue
 
 
+@functools.cache
 def architecture_types() -> dict[str, str]:
-    """Architecture names that published files carry without a known `model_type`, to the model type."""
-    return {
-        name: model_type
-        for model_type, reference in FAMILIES.items()
-        for name in getattr(load_class(reference), "architecture_names", ())
-    }
+    """Class names of whole models, as in `architectures`, to the model type of the first family with such a class."""
+    types: dict[str, str] = {}
+    for model_type, reference in FAMILIES.items():
+        config_class = load_class(reference)
+        for auto_name in ("AutoModelForImageTextToText", "AutoModelForCausalLM"):
+            if auto_name in config_class.remote_code_map:
+                types.setdefault(config_class.remote_code_map[auto_name].rpartition(".")[2], model_type)
+        for name in getattr(config_class, "architecture_names", ()):
+            types.setdefault(name, model_type)
+    return types
+
+
+def model_type_of(config: Mapping[str, Any]) -> str | None:
+    """The row of `FAMILIES` that a `config.json` belongs to; `None` for a model that is not ours.
+
+    It goes by `model_type`, or by `architectures` where that is missing or says nothing to Transformers, as in several
+    LongCat releases.
+    """
+    model_type = config.get("model_type")
+    if model_type in FAMILIES:
+        return model_type
+    architectures = config.get("architectures")
+    if model_type in CONFIG_MAPPING or not architectures:
+        return None
+    return architecture_types().get(architectures[0])
 
 
 def _name_missing_model_types() -> None:
@@ -74,11 +96,9 @@ def _name_missing_model_types() -> None:
     @functools.wraps(original)
     def get_config_dict(cls, *args, **kwargs):
         fields, unused = original(cls, *args, **kwargs)
-        architectures = fields.get("architectures")
-        if cls is PreTrainedConfig and architectures and fields.get("model_type") not in CONFIG_MAPPING:
-            model_type = architecture_types().get(architectures[0])
-            if model_type is not None:
-                fields = {**fields, "model_type": model_type}
+        model_type = model_type_of(fields) if cls is PreTrainedConfig else None
+        if model_type is not None:
+            fields = {**fields, "model_type": model_type}
         return fields, unused
 
     get_config_dict.hf_moe_original = original

@@ -54,7 +54,8 @@ class Launch:
         self.signature, self.constants, self.attrs = {}, {}, {}
         for index, parameter in enumerate(kernel.params):
             value = named[parameter.name]
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            specialised = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialised):
                 self.signature[parameter.name] = "constexpr"
                 self.constants[parameter.name] = value
             elif isinstance(value, torch.Tensor):
@@ -64,7 +65,7 @@ class Launch:
                     self.attrs[(index,)] = [["tt.divisibility", 16]]
             else:
                 self.signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-                if isinstance(value, int) and value % 16 == 0:
+                if isinstance(value, int) and value % 16 == 0 and specialised:
                     self.attrs[(index,)] = [["tt.divisibility", 16]]
 
     def key(self) -> str:

@@ -43,12 +43,12 @@ def routing(capability: int) -> None:
     kernel_routing.choose_experts(logits, bias, num_group=1, topk_group=1, best_two=False, **common)
 
 
-def forward(dtype: torch.dtype, rows: tuple[int, ...], weights: tuple, save_pre: bool = False) -> None:
+def forward(dtype: torch.dtype, rows: tuple[int, ...], weights: tuple) -> None:
     gate_up, gate_up_scale, down, down_scale = weights
     for block_m in rows:
         tokens, layout = TOKENS[block_m], layout_of(block_m)
         x = empty(tokens, HIDDEN, dtype=dtype)
-        inner, _ = kernel_experts.gate_up(x, gate_up, gate_up_scale, layout, TOP_K, out_dtype=dtype, save_pre=save_pre)
+        inner, _ = kernel_experts.gate_up(x, gate_up, gate_up_scale, layout, TOP_K, out_dtype=dtype)
         options = {"to_slots": True, "factors": empty(tokens * TOP_K, dtype=torch.float32)}
         out_dtype = torch.float32 if block_m == 16 else dtype
         out = kernel_experts.multiply_rows(inner, down, down_scale, layout, TOP_K, out_dtype=out_dtype, **options)
@@ -72,7 +72,7 @@ def w8a8(capability: int) -> None:
             tokens, layout = TOKENS[block_m], layout_of(block_m)
             x, x_scale = empty(tokens, HIDDEN, dtype=FP8), empty(tokens, HIDDEN // 128, dtype=torch.float32)
             options = {"out_dtype": torch.bfloat16}
-            kernel_experts.gate_up(x, gate_up, gate_up_scale, layout, TOP_K, x_scale=x_scale, **options)
+            kernel_experts.gate_up(x, gate_up, gate_up_scale, layout, TOP_K, x_scale=x_scale, out_dtype=torch.float32)
             inner = empty(tokens * TOP_K, INTER, dtype=FP8)
             options.update(x_scale=empty(tokens * TOP_K, INTER // 128, dtype=torch.float32), to_slots=True)
             options.update(factors=empty(tokens * TOP_K, dtype=torch.float32))
@@ -91,7 +91,7 @@ def training(dtype: torch.dtype, block_m: int, weights: tuple, rank: int = 0, dr
     gate_up_a, gate_up_b, down_a, down_b = (empty(EXPERTS, *size, dtype=dtype) if rank else None for size in sizes)
     multiply, outer, options = kernel_experts.multiply_rows, kernel_experts_backward.sum_outer, {"out_dtype": dtype}
     kernel_experts.gate_up(
-        x, gate_up, gate_up_scale, layout, TOP_K, save_pre=True, low=low, lora_b=gate_up_b, **options
+        x, gate_up, gate_up_scale, layout, TOP_K, pre_dtype=dtype, low=low, lora_b=gate_up_b, **options
     )
     kernel_experts_backward.inner_grad(
         x,

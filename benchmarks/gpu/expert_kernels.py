@@ -1,10 +1,13 @@
 """The experts' kernels at the layer shapes of released models, against Transformers' backends and what the GPU can do.
 
 Every row gives the time, the share of the measured copy bandwidth at which the touched experts' weights are read, and
-the share of the measured dense bfloat16 rate. A case is checked against the definition on a few of its tokens before
-it is timed. Weights of a case that do not fit into memory are halved in number of experts, which the row says.
+the share of the measured dense bfloat16 rate, and the time of each kernel as the profiler has it. A case is checked
+against the definition on a few of its tokens before it is timed; one that fails leaves its error in its row. Experts
+that do not fit into memory are halved in number, which the row says.
 
-    python benchmarks/gpu/expert_kernels.py --out results --seconds 240
+    python benchmarks/gpu/expert_kernels.py --out results --seconds 240 --models deepseek_v3
+
+`--warm` only compiles what a run needs, with few experts, so that another process finds it done.
 """
 
 import argparse
@@ -19,7 +22,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
-from common import device_name  # noqa: E402
+from common import save  # noqa: E402
+from timing import attempt, copy_bandwidth  # noqa: E402
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 
 from hf_moe.models.op_experts import ExpertLora, experts, experts_torch  # noqa: E402
@@ -32,22 +36,26 @@ MODELS = {
     "step3": (48, 7168, 5120, 3),
     "longcat_flash": (512, 6144, 2048, 12),
 }
-DECODE, PREFILL = (1, 4, 16, 64), (4096, 8192)
+TOKENS = (1, 4, 16, 64, 4096, 8192)
+# Sizes at which the script itself can be tried anywhere.
+DRY_MODELS, DRY_TOKENS = {"deepseek_v3": (8, 256, 128, 2), "step3": (4, 136, 72, 2)}, (1, 3, 20)
 # Gathering a weight matrix per routed row: more rows than these do not fit.
 MAX_BATCHED_ROWS = 64
-COUNT = 9
+# Calls that warm up, and calls that are timed; of the native backends, and in a dry run, fewer.
+WARM_UP, COUNT, NATIVE_COUNT = 2, 9, 5
+DRY_COUNT = 1
 
 
 def time_ms(function, repeats: int = COUNT) -> float:
-    """Median of single calls, by events, after two that warm up."""
-    times = []
-    for turn in range(repeats + 2):
+    """Median of single calls, by events, after `WARM_UP` others."""
+    times, repeats = [], DRY_COUNT if "--dry" in sys.argv else repeats
+    for turn in range(repeats + WARM_UP):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         function()
         end.record()
         end.synchronize()
-        if turn > 1:
+        if turn >= WARM_UP:
             times.append(start.elapsed_time(end))
     return statistics.median(times)
 
@@ -62,17 +70,19 @@ def graphed(function):
     return graph.replay
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second of a device copy, read and written."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / (time_ms(lambda: target.copy_(source)) * 1e-3)
+def kernel_us(function) -> dict[str, float]:
+    """Microseconds of each kernel in one call."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        function()
+        torch.cuda.synchronize()
+    return {event.key[:60]: event.device_time_total for event in profile.key_averages() if event.device_time_total}
 
 
-def dense_rate() -> float:
+def dense_rate(size: int) -> float:
     """FLOP/s of a square bfloat16 product in cuBLAS."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / (time_ms(lambda: a @ b) * 1e-3)
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / (time_ms(lambda: a @ b) * 1e-3)
 
 
 class Layer(torch.nn.Module):
@@ -101,7 +111,8 @@ def make_weights(num_experts: int, hidden: int, inter: int, fp8: bool) -> tuple:
             weight[expert] = (torch.randn(weight.shape[1:], device="cuda") * std).clamp(-448, 448).to(dtype)
     if not fp8:
         return gate_up, down, None, None
-    grids = (2 * inter // 128, hidden // 128), (hidden // 128, inter // 128)
+    blocks = [-(-size // 128) for size in (inter, hidden)]
+    grids = (2 * blocks[0], blocks[1]), (blocks[1], blocks[0])
     widths = hidden, inter
     return (
         gate_up,
@@ -125,46 +136,90 @@ def check(output, arguments, **options) -> float:
     return ((output[few].float() - expected).norm() / expected.norm()).item()
 
 
-def layer_rows(model: str, fp8: bool, peak: dict, deadline: float) -> list[dict]:
-    full, hidden, inter, top_k = MODELS[model]
-    num_experts = fitting_experts(full, hidden, inter, 1 if fp8 else 2)
-    weights = make_weights(num_experts, hidden, inter, fp8)
-    layer, rows = Layer(*weights[:2]), []
-    for tokens in (*DECODE, *PREFILL):
-        if time.monotonic() > deadline:
-            break
-        x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16)
-        ids = torch.rand(tokens, num_experts, device="cuda").argsort(-1)[:, :top_k].contiguous()
-        arguments = (x, ids, torch.rand(tokens, top_k, device="cuda"), *weights)
-        touched = ids.unique().numel()
-        size = touched * sum(weight[0].numel() * weight.element_size() for weight in weights[:2])
-        flops = 6 * tokens * top_k * hidden * inter
-        kinds = (
-            {"w8a16": False, "w8a8": True} if fp8 and converts_fp8(x.device) else {"w8a16" if fp8 else "bf16": False}
-        )
-        for kind, quantize in kinds.items():
-            call = lambda quantize=quantize, args=arguments: experts(*args, quantize=quantize, impl="triton")  # noqa: E731
-            error = check(call(), arguments, quantize=quantize)
-            assert error < 1e-2, f"{model} {kind} with {tokens} tokens is off by {error:.1e}"
-            ms, graph_ms = time_ms(call), time_ms(graphed(call))
-            row = {"model": model, "experts": num_experts, "kind": kind, "tokens": tokens, "touched": touched}
-            row.update({"ms": ms, "graph ms": graph_ms, "error": error})
-            row["share of copy bandwidth"] = size / (graph_ms * 1e-3) / peak["copy bytes/s"]
-            row["TFLOP/s"] = flops / (graph_ms * 1e-3) / 1e12
-            row["share of dense bf16"] = flops / (graph_ms * 1e-3) / peak["dense bf16 FLOP/s"]
-            for backend in ("grouped_mm", "batched_mm") if not fp8 else ():
-                if backend == "batched_mm" and tokens * top_k > MAX_BATCHED_ROWS:
-                    continue
-                native = lambda backend=backend, args=arguments: ALL_EXPERTS_FUNCTIONS[backend](layer, *args[:3])  # noqa: E731
-                row[f"{backend} ms"] = time_ms(native, 5)
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    return rows
+class Case:
+    """One layer's weights and its calls."""
+
+    def __init__(self, sizes: tuple, tokens: int, weights: tuple):
+        num_experts, self.hidden, self.inter, self.top_k = sizes
+        x = torch.randn(tokens, self.hidden, device="cuda", dtype=torch.bfloat16)
+        ids = torch.rand(tokens, num_experts, device="cuda").argsort(-1)[:, : self.top_k].contiguous()
+        self.arguments = (x, ids, torch.rand(tokens, self.top_k, device="cuda"), *weights)
+        self.tokens, self.touched = tokens, ids.unique().numel()
+
+    def kinds(self) -> dict[str, bool]:
+        """Whether rows are quantised, by the name of what is multiplied."""
+        if self.arguments[5] is None:
+            return {"bf16": False}
+        return {"w8a16": False} | ({"w8a8": True} if converts_fp8(self.arguments[0].device) else {})
+
+    def call(self, quantize: bool):
+        return experts(*self.arguments, quantize=quantize, impl="triton")
+
+    def measure(self, quantize: bool, peak: dict) -> dict:
+        error = check(self.call(quantize), self.arguments, quantize=quantize)
+        if not error < 1e-2:
+            raise ValueError(f"off by {error:.1e}: not timed")
+        call = lambda: self.call(quantize)  # noqa: E731
+        ms, graph_ms = time_ms(call), time_ms(graphed(call))
+        size = self.touched * sum(weight[0].numel() * weight.element_size() for weight in self.arguments[3:5])
+        rate = 6 * self.tokens * self.top_k * self.hidden * self.inter / (graph_ms * 1e-3)
+        return {
+            "touched": self.touched,
+            "ms": ms,
+            "graph ms": graph_ms,
+            "error": error,
+            "share of copy bandwidth": size / (graph_ms * 1e-3) / peak["copy bytes/s"],
+            "TFLOP/s": rate / 1e12,
+            "share of dense bf16": rate / peak["dense bf16 FLOP/s"],
+            "kernel us": attempt(lambda: kernel_us(call)),
+        }
+
+    def measure_native(self) -> dict:
+        layer, row = Layer(*self.arguments[3:5]), {}
+        for backend in ("grouped_mm", "batched_mm"):
+            if backend == "batched_mm" and self.tokens * self.top_k > MAX_BATCHED_ROWS:
+                continue
+            row |= attempt(
+                lambda backend=backend: {
+                    f"{backend} ms": time_ms(
+                        lambda: ALL_EXPERTS_FUNCTIONS[backend](layer, *self.arguments[:3]), NATIVE_COUNT
+                    )
+                }
+            )
+        return row
 
 
-def lora_row(fold: bool) -> dict:
-    """Forward and backward of LoRA experts: 128 experts of 2048 x 768, rank 16, 4,096 tokens of 8 choices."""
-    num_experts, hidden, inter, top_k, rank, tokens = 128, 2048, 768, 8, 16, 4096
+def layer_rows(name: str, sizes: tuple, token_counts: tuple, fp8: bool, peak: dict, deadline: float):
+    """Yields the rows of one layer."""
+    num_experts = fitting_experts(*sizes[:3], 1 if fp8 else 2)
+    weights = make_weights(num_experts, *sizes[1:3], fp8)
+    for tokens in token_counts:
+        case = Case((num_experts, *sizes[1:]), tokens, weights)
+        for kind, quantize in case.kinds().items():
+            if time.monotonic() > deadline:
+                return
+            row = {"model": name, "experts": num_experts, "kind": kind, "tokens": tokens}
+            row |= attempt(lambda case=case, quantize=quantize: case.measure(quantize, peak))
+            yield row if fp8 else row | case.measure_native()
+
+
+def warm(models: dict) -> None:
+    """Compiles what `layer_rows` launches: kernels do not depend on the number of experts, their tiles on rows each."""
+    for _, (num_experts, hidden, inter, top_k) in models.items():
+        part = 8 if num_experts >= 256 else 4
+        few = max(top_k, num_experts // part)
+        for fp8 in (False, True):
+            weights = make_weights(few, hidden, inter, fp8)
+            for tokens in dict.fromkeys(max(1, tokens // part) for tokens in TOKENS):
+                case = Case((few, hidden, inter, top_k), tokens, weights)
+                for quantize in case.kinds().values():
+                    print(json.dumps(attempt(lambda case=case, quantize=quantize: case.call(quantize) and {})))
+    torch.cuda.synchronize()
+
+
+def lora_row(fold: bool, sizes: tuple = (128, 2048, 768, 8, 16, 4096)) -> dict:
+    """Forward and backward of LoRA experts: 128 experts of 2048 x 768, 8 choices, rank 16, 4,096 tokens."""
+    num_experts, hidden, inter, top_k, rank, tokens = sizes
     gate_up, down, *_ = make_weights(num_experts, hidden, inter, False)
     sizes = [(rank, hidden), (2 * inter, rank), (rank, inter), (hidden, rank)]
     factors = [torch.randn(num_experts, *size, device="cuda", dtype=torch.bfloat16) * 0.02 for size in sizes]
@@ -196,31 +251,40 @@ def lora_row(fold: bool) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=240)
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--lora", action="store_true", help="LoRA experts, too, against a fold")
+    parser.add_argument("--warm", action="store_true", help="only compile")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes")
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
     torch.manual_seed(0)
-    peak = {"copy bytes/s": copy_bandwidth(), "dense bf16 FLOP/s": dense_rate()}
+    table, token_counts = (DRY_MODELS, DRY_TOKENS) if args.dry else (MODELS, TOKENS)
+    models = {name: table[name] for name in args.models if name in table}
+    if args.warm:
+        warm(models)
+        return
+    peak = {
+        "copy bytes/s": copy_bandwidth("cuda", 16 if args.dry else 1024),
+        "dense bf16 FLOP/s": dense_rate(256 if args.dry else 8192),
+    }
     print(json.dumps(peak), flush=True)
     rows = []
 
-    def write() -> None:
-        record = {"benchmark": "expert_kernels", "device": device_name("cuda"), "torch": torch.__version__, **peak}
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "expert_kernels_gpu.json").write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
+    def keep(row: dict) -> None:
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        save("expert_kernels", rows, "cuda", args.out, **peak)
 
-    for fold in (False, True):
-        rows.append(lora_row(fold))
-        print(json.dumps(rows[-1]), flush=True)
-    write()
-    for model in args.models:
-        for fp8 in (False, True):
-            if time.monotonic() < deadline:
-                rows += layer_rows(model, fp8, peak, deadline)
-                torch.cuda.empty_cache()
-                write()  # what there is, should the time run out
+    for fold in (False, True) if args.lora else ():
+        sizes = {"sizes": (4, 64, 32, 2, 4, 40)} if args.dry else {}
+        keep(attempt(lambda fold=fold, sizes=sizes: lora_row(fold, **sizes)))
+    for name, sizes in models.items():
+        for fp8 in (True, False):
+            for row in layer_rows(name, sizes, token_counts, fp8, peak, deadline):
+                keep(row)
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ decode step costs; and how much faster the whole attention layer is than that of
 context at every step.
 
     python benchmarks/gpu/mla_decode.py --contexts 4096 32768 --batches 1 16
+
+`--warm` only compiles and checks what a run times.
 """
 
 import argparse
@@ -19,8 +21,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from common import report, time_interleaved  # noqa: E402
-from timing import copies_beyond_cache, copy_bandwidth, seconds_per_call  # noqa: E402
+from common import report, save, time_interleaved  # noqa: E402
+from timing import attempt, copies_beyond_cache, copy_bandwidth, seconds_per_call  # noqa: E402
 
 from hf_moe.models.configuration_deepseek_v3 import DeepseekV3Config  # noqa: E402
 from hf_moe.models.kernel_mla import mla_decode  # noqa: E402
@@ -32,7 +34,7 @@ LATENT, ROPE = 512, 64
 
 
 def kernel_row(batch: int, context: int, heads: int, device: str, bandwidth: float) -> dict:
-    """The kernel alone, against the same attention in PyTorch's products."""
+    """The kernel alone, against the same attention in PyTorch's products; without a bandwidth, only checked."""
     nbytes = batch * context * (LATENT + ROPE) * 2
     make = lambda *shape: torch.randn(shape, device=device).bfloat16()  # noqa: E731
     query, query_rope = make(batch, 1, heads, LATENT) * 0.2, make(batch, 1, heads, ROPE) * 0.2
@@ -45,7 +47,10 @@ def kernel_row(batch: int, context: int, heads: int, device: str, bandwidth: flo
 
     reference = plain(*caches[0]).float()
     error = (mla_decode(query, query_rope, *caches[0], None, 0.1).float() - reference).norm() / reference.norm()
-    assert error < 2e-2, f"the kernel is wrong by {error:.1e}: not timed"
+    if not error < 2e-2:
+        raise ValueError(f"the kernel is wrong by {error:.1e}: not timed")
+    if not bandwidth:
+        return {}
     calls = {
         "kernel": [lambda c=c: mla_decode(query, query_rope, *c, None, 0.1) for c in caches],
         "products": [lambda c=c: plain(*c) for c in caches],
@@ -53,8 +58,6 @@ def kernel_row(batch: int, context: int, heads: int, device: str, bandwidth: flo
     seconds = {name: seconds_per_call(form, device) for name, form in calls.items()}
     flops = 2 * batch * heads * context * (2 * LATENT + ROPE)
     return {
-        "batch": batch,
-        "context": context,
         "products us": seconds["products"] * 1e6,
         "kernel us": seconds["kernel"] * 1e6,
         "GB/s": nbytes / seconds["kernel"] / 1e9,
@@ -64,7 +67,7 @@ def kernel_row(batch: int, context: int, heads: int, device: str, bandwidth: flo
     }
 
 
-def layer_row(context: int, device: str, sizes: dict) -> dict:
+def layer_row(context: int, device: str, sizes: dict, repeats: int) -> dict:
     """The attention layer with its projections and its cache, batch 1, against that of native Transformers."""
     config, native_config = DeepseekV3Config(**sizes), NativeConfig(**sizes)
     config._attn_implementation = native_config._attn_implementation = "sdpa"
@@ -86,9 +89,8 @@ def layer_row(context: int, device: str, sizes: dict) -> dict:
         "native": lambda: native(hidden, twice, None, caches["native"]),
         "ours": lambda: ours(hidden, position_embeddings, None, caches["ours"], absorbed=True),
     }
-    median = time_interleaved(steps, 5, device, block=4)
+    median = time_interleaved(steps, repeats, device, block=4)
     return {
-        "context": context,
         "native ms": median["native"] * 1e3,
         "ours ms": median["ours"] * 1e3,
         "ratio": median["native"] / median["ours"],
@@ -103,18 +105,32 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=128)
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--megabytes", type=int, default=1024, help="size of the copy that bandwidths are compared with"
+    )
+    parser.add_argument("--warm", action="store_true", help="only compile")
     args = parser.parse_args()
-    bandwidth = copy_bandwidth(args.device, 1024 if args.device == "cuda" else 16)
-    rows = [
-        kernel_row(batch, context, args.heads, args.device, bandwidth)
-        for batch in args.batches
-        for context in args.contexts
-    ]
-    report("mla_kernel", rows, args.device, args.out)
+    bandwidth = 0.0 if args.warm else copy_bandwidth(args.device, args.megabytes)
+    rows = []
+    for batch in args.batches:
+        for context in args.contexts:
+            case = batch, context, args.heads, args.device, bandwidth
+            rows.append({"batch": batch, "context": context} | attempt(lambda case=case: kernel_row(*case)))
+            print(rows[-1], flush=True)
+            if not args.warm:
+                save("mla_kernel", rows, args.device, args.out)
+    if args.warm:
+        return
     heads = {"num_attention_heads": args.heads, "num_key_value_heads": args.heads}
     sizes = {"hidden_size": args.hidden, "num_hidden_layers": 1, "n_group": 1, "topk_group": 1, **heads}
-    report("mla_layer", [layer_row(context, args.device, sizes) for context in args.contexts], args.device, args.out)
+    rows = []
+    for context in args.contexts:
+        row = attempt(lambda context=context: layer_row(context, args.device, sizes, args.repeats))
+        rows.append({"context": context} | row)
+        save("mla_layer", rows, args.device, args.out)
+    report("mla_layer", rows, args.device, args.out)
 
 
 if __name__ == "__main__":

@@ -1,55 +1,165 @@
-"""The GPU queue: the `gpu`-marked tests, then every benchmark on the device. Meant to stay under nine minutes.
+"""The GPU queue: the `gpu`-marked tests, then every benchmark on the device, inside nine minutes.
 
     python benchmarks/gpu/run_all.py --out results_folder
 
-Exits with 1 if a test or a benchmark failed, after having run the rest.
+Each part is a process of its own with a time of its own, so that none can take another with it. While the tests run,
+other processes compile what the benchmarks will launch. `results.json` holds what there is after every part: how it
+ended, and the rows that benchmarks had written by then; `log.txt` holds all output. Exits with 1 if a part failed.
+
+`--dry` tries the queue itself without a GPU, at tiny sizes, in Triton's interpreter on a CPU that says it is one.
 """
 
 import argparse
+import importlib.util
+import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+TESTS = ["tests/gpu", "tests/ops"]  # every test that is marked `gpu` is in one of them
+LIMIT_SECONDS = 8.75 * 60
+WARM_SECONDS = 20  # that may pass after the tests until everything is compiled
+
+
+class Part(NamedTuple):
+    name: str
+    seconds: float  # at most
+    command: list[str]
+    dry: list[str]  # what replaces the options of `command` for a dry run
+
+
+def experts_part(model: str, seconds: float, *options: str) -> Part:
+    script = ["benchmarks/gpu/expert_kernels.py", "--models", model, *options]
+    return Part(f"experts_{model}", seconds, [*script, "--seconds", str(seconds - 20)], ["--dry", *script[1:]])
+
+
+CUDA = ["--device", "cuda"]
+TINY_MLA = ["--contexts", "40", "--batches", "2", "--heads", "2", "--hidden", "64", "--repeats", "1"]
+TINY_MLA += ["--megabytes", "1"]
+TINY_DECODE = [*CUDA, "--contexts", "20", "--repeats", "1", "--block", "1"]
+TINY_EXPERTS = [*CUDA, "--dtypes", "bfloat16", "--tokens", "2", "--experts", "4", "--top-k", "2", "--hidden", "64"]
+TINY_EXPERTS += ["--intermediate", "32", "--layers", "1", "--repeats", "1", "--block", "1"]
+TINY_LONGCAT = [*CUDA, "--dtypes", "bfloat16", "--tokens", "2", "--experts", "4", "--zero-experts", "2", "--top-k", "2"]
+TINY_LONGCAT += ["--hidden", "64", "--intermediate", "32", "--repeats", "1"]
 QUEUE = [
-    ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests"],
-    ["benchmarks/gpu/expert_kernels.py", "--seconds", "150"],
-    ["benchmarks/gpu/linear_fp8.py", "--rows", "1", "16", "64", "4096"],
-    ["benchmarks/gpu/mla_decode.py", "--contexts", "4096", "32768", "--batches", "1", "16"],
-    ["benchmarks/gpu/expert_kernels.py", "--seconds", "150"],
-    ["benchmarks/decode.py", "--device", "cuda", "--contexts", "256", "4096", "16384", "32768"],
-    ["benchmarks/experts.py", "--device", "cuda", "--dtypes", "bfloat16", "--layers", "2"],
+    Part("tests", 210, ["-m", "pytest", "-m", "gpu", "-q", "--tb=short", "-rf", "-p", "no:cacheprovider", *TESTS], []),
+    Part("mla_decode", 45, ["benchmarks/gpu/mla_decode.py"], TINY_MLA),
+    Part("linear_fp8", 45, ["benchmarks/gpu/linear_fp8.py"], ["--rows", "2", "--layers", "40x136", "--megabytes", "1"]),
+    experts_part("deepseek_v3", 75, "--lora"),
+    experts_part("longcat_flash", 60),
+    experts_part("kimi_k2", 60),
+    experts_part("step3", 50),
+    Part("decode", 45, ["benchmarks/decode.py", *CUDA, "--contexts", "256", "4096", "16384", "32768"], TINY_DECODE),
+    Part("experts", 40, ["benchmarks/experts.py", *CUDA, "--dtypes", "bfloat16", "--layers", "2"], TINY_EXPERTS),
     # LongCat-Flash-Chat's shapes: 512 experts of 2048 x 6144, 12 per token (38.7 GB a layer; native has half more).
-    ["benchmarks/longcat_moe.py", "--device", "cuda", "--dtypes", "bfloat16", "--hidden", "6144"]
-    + ["--intermediate", "2048"],
+    Part(
+        "longcat_moe",
+        60,
+        ["benchmarks/longcat_moe.py", *CUDA, "--dtypes", "bfloat16", "--hidden", "6144", "--intermediate", "2048"],
+        TINY_LONGCAT,
+    ),
 ]
-LIMIT_SECONDS = 9 * 60
+WARM = [["benchmarks/gpu/expert_kernels.py", "--warm", "--models", name] for name in ("deepseek_v3", "longcat_flash")]
+WARM += [["benchmarks/gpu/expert_kernels.py", "--warm", "--models", name] for name in ("kimi_k2", "step3")]
+WARM += [["benchmarks/gpu/linear_fp8.py", "--warm"], ["benchmarks/gpu/mla_decode.py", "--warm"]]
+
+
+class Queue:
+    """Runs parts one after another and keeps `results.json` up to date."""
+
+    def __init__(self, out: Path, dry: bool):
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.dry, self.start = out, dry, time.monotonic()
+        self.log = (out / "log.txt").open("w", encoding="utf-8")
+        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        self.results: dict = {"dry": dry, "parts": [], "benchmarks": {}}
+
+    def left(self) -> float:
+        return LIMIT_SECONDS - (time.monotonic() - self.start)
+
+    def launch(self, command: list[str]) -> subprocess.Popen:
+        options = {"cwd": ROOT, "env": self.environment, "stdout": self.log, "stderr": subprocess.STDOUT}
+        return subprocess.Popen([sys.executable, *command], start_new_session=True, **options)
+
+    def run(self, part: Part) -> None:
+        seconds, begin = 600 if self.dry else min(part.seconds, self.left()), time.monotonic()
+        if seconds < 10:
+            self.keep(part, "no time was left", 0.0)
+            return
+        place = self.log.tell()
+        with tempfile.TemporaryDirectory() as folder:
+            process = self.launch(self.command(part, folder))
+            try:
+                ending = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                stop(process)
+                ending = f"stopped after {seconds:.0f} s"
+            for path in sorted(Path(folder).glob("*.json")):
+                self.results["benchmarks"].setdefault(part.name, []).append(json.loads(path.read_text()))
+        self.keep(part, ending, time.monotonic() - begin)
+        with (self.out / "log.txt").open(encoding="utf-8", errors="replace") as file:
+            file.seek(place)
+            print("".join(file.readlines()[-25:]), flush=True)
+
+    def command(self, part: Part, folder: str) -> list[str]:
+        if part.name == "tests":
+            if self.dry:
+                return [*part.command, "--collect-only"]
+            workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+            return [*part.command, *workers]
+        if self.dry:
+            return ["tests/pretend_cuda.py", part.command[0], *part.dry, "--out", folder]
+        return [*part.command, "--out", folder]
+
+    def keep(self, part: Part, ending: int | str, seconds: float) -> None:
+        entry = {"name": part.name, "ending": ending, "seconds": round(seconds, 1)}
+        self.results["parts"].append(entry)
+        print(f"[{time.monotonic() - self.start:.0f} s] {entry}", flush=True)
+        temporary = self.out / "results.tmp"
+        temporary.write_text(json.dumps(self.results, indent=1) + "\n")
+        temporary.replace(self.out / "results.json")
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Ends a process and those that it started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for logs and JSON results")
+    parser.add_argument("--out", type=Path, required=True, help="folder for log.txt and results.json")
+    parser.add_argument("--parts", nargs="+", default=[part.name for part in QUEUE], help="only these")
+    parser.add_argument("--dry", action="store_true", help="try the queue at tiny sizes without a GPU")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    start, failed = time.monotonic(), []
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    for number, arguments in enumerate(QUEUE):
-        left = LIMIT_SECONDS - (time.monotonic() - start)
-        folder = args.out / f"{number}_{Path(arguments[0]).stem.strip('-')}"
-        command = [sys.executable, *arguments]
-        if arguments[0] != "-m":
-            command += ["--out", str(folder)]
-        print(f"[{time.monotonic() - start:.0f} s] {' '.join(arguments)}", flush=True)
-        try:
-            failed += [arguments] if subprocess.run(command, cwd=ROOT, env=environment, timeout=left).returncode else []
-        except subprocess.TimeoutExpired:
-            failed.append(arguments)
-            print("stopped: the queue's time is over", flush=True)
-            break
-    for arguments in failed:
-        print(f"FAILED: {' '.join(arguments)}")
+    queue = Queue(args.out, args.dry)
+    warming = [] if args.dry else [queue.launch(command) for command in WARM]
+    try:
+        for part in QUEUE:
+            if part.name not in args.parts:
+                continue
+            if part.name != "tests":
+                until = time.monotonic() + WARM_SECONDS
+                while any(process.poll() is None for process in warming) and time.monotonic() < until:
+                    time.sleep(0.2)
+                for process in warming:
+                    stop(process)
+            queue.run(part)
+    finally:
+        for process in warming:
+            stop(process)
+    failed = [entry["name"] for entry in queue.results["parts"] if entry["ending"] != 0]
+    rows = [row for records in queue.results["benchmarks"].values() for record in records for row in record["rows"]]
+    failed += [f"{row.get('model')} {row.get('kind')}: {row['failed']}" for row in rows if "failed" in row]
+    for name in failed:
+        print(f"FAILED: {name}")
     return 1 if failed else 0
 
 

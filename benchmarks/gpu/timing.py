@@ -1,11 +1,22 @@
-"""Timing of kernels: many calls in one CUDA graph, over operands that no cache can hold between two of them."""
+"""Timing of kernels: many calls in one CUDA graph, over operands that no cache can hold between two of them; and what
+becomes of a case that fails.
+"""
 
 import time
 from collections.abc import Callable, Sequence
 
 import torch
+from triton.errors import TritonError
 
 CACHE_BYTES = 1 << 28  # several times the largest cache of a GPU
+
+
+def attempt(function: Callable[[], dict]) -> dict:
+    """What `function` gives, or the error that kept it from it: the other cases go on."""
+    try:
+        return function()
+    except (AssertionError, RuntimeError, ValueError, TritonError) as error:
+        return {"failed": f"{type(error).__name__}: {error}"[:2000]}
 
 
 def copies_beyond_cache(nbytes: int, limit: int = 64) -> int:

@@ -7,12 +7,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ..units import bytes_text
 from .adapter import open_adapter
 from .command import carry_out, default_workers
 from .compare import Comparison, compare_checkpoints
 from .inference import is_inference, open_checkpoint
 from .merge import plan_merge
-from .progress import human_bytes
 from .run import Summary
 from .slicing import plan_slice
 from .source import Source
@@ -84,7 +84,7 @@ def _print_report(report: Report) -> None:
     for note in report.notes:
         console.print(note, markup=False)
     if report.ok:
-        console.print(f"{report.folder}: sound; {report.tensors:,} tensors, {human_bytes(report.bytes)}.", markup=False)
+        console.print(f"{report.folder}: sound; {report.tensors:,} tensors, {bytes_text(report.bytes)}.", markup=False)
         return
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     for problem in report.problems:

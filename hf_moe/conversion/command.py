@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..hub.tokenizer import with_fast_tokenizer
+from ..units import bytes_text
 from .fused import plan_fused, plan_same, plan_upstream
 from .inference import is_inference, open_checkpoint, plan_hub, plan_inference
 from .plan import Plan
-from .progress import human_bytes, human_seconds
+from .progress import human_seconds
 from .quantization import plan_bf16, plan_fp8, plan_fp8_ue8m0
 from .run import Summary, convert
 from .source import Source
@@ -100,18 +101,21 @@ def print_summary(source: Source, summary: Summary, dry_run: bool) -> None:
     console.print(table)
     files = f"{len(shown)} {'file' if len(shown) == 1 else 'files'}"
     lines = [
-        f"{summary.tensors:,} tensors, {human_bytes(summary.bytes_written)} in {files}, "
-        f"from {human_bytes(summary.bytes_read)}",
+        f"{summary.tensors:,} tensors, {bytes_text(summary.bytes_written)} in {files}, "
+        f"from {bytes_text(summary.bytes_read)}",
         f"other files: {', '.join(summary.files)}",
         *summary.notes,
     ]
     if dry_run:
-        lines.append(f"needs {human_bytes(summary.bytes_written)} on disk; tensors of {human_bytes(summary.memory)}")
+        lines.append(f"needs {bytes_text(summary.bytes_written)} on disk; tensors of {bytes_text(summary.memory)}")
         lines[-1] += " at most are in memory at once"
     else:
         rate = summary.bytes_written / max(summary.seconds, 1e-9)
-        lines.append(f"written to {summary.target} in {human_seconds(summary.seconds)}, {human_bytes(rate)}/s")
+        lines.append(f"written to {summary.target} in {human_seconds(summary.seconds)}, {bytes_text(rate)}/s")
         report = summary.manifest["steps"][-1].get("report", {})
+        if report.get("blocks"):
+            same = report["blocks"] - report["changed_blocks"]
+            lines.append(f"blocks that give the source's numbers back: {same:,} of {report['blocks']:,}")
         if report.get("sampled_squared_weights"):
             error = (report["sampled_squared_error"] / report["sampled_squared_weights"]) ** 0.5
             lines.append(f"relative error of the quantised weights (root mean square): {error:.3g}")

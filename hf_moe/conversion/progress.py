@@ -7,16 +7,9 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from ..units import bytes_text
+
 _LINE_SECONDS = 10.0
-
-
-def human_bytes(count: float) -> str:
-    """Bytes with a decimal unit: `4.0 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def human_seconds(seconds: float) -> str:
@@ -73,7 +66,7 @@ class ProgressDisplay:
         rate = self.done / max(time.monotonic() - self.started, 1e-9)
         total = self.total - self.skipped
         left = human_seconds((total - self.done) / max(rate, 1e-9))
-        shares = f"{human_bytes(self.done)} of {human_bytes(total)}, {human_bytes(rate)}/s, {left} left"
+        shares = f"{bytes_text(self.done)} of {bytes_text(total)}, {bytes_text(rate)}/s, {left} left"
         print(f"{self.title}: {shares}", file=sys.stderr, flush=True)
 
     def say(self, message: str) -> None:

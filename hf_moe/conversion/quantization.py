@@ -17,8 +17,17 @@ import torch
 from ..models.op_quant import FP8, FP8_MAX, block_grid, dequantize_block_fp8, dequantize_packed_int4
 from ..models.weights_lazy import read_quantization_config
 from ..models.weights_safetensors import CheckpointError
-from .arithmetic import decode_block_rows, encode_block_rows, scratch
-from .families import bfloat16_config, find_family, fp8_config, is_exempt, quantization_of, require_family
+from .arithmetic import changed_blocks, decode_block_rows, encode_block_rows, scratch
+from .families import (
+    bfloat16_config,
+    find_family,
+    fp8_config,
+    is_exempt,
+    is_float32,
+    is_quantized,
+    quantization_of,
+    require_family,
+)
 from .plan import Copy, Group, Output, Plan, Tensors, copy_group
 from .source import Source
 
@@ -143,7 +152,10 @@ class Decode:
 
 @dataclass(frozen=True)
 class EncodeFp8:
-    """Step: a weight as block FP8, values and scales. Adds up what rounding does to a sample of the blocks."""
+    """Step: a weight as block FP8, values and scales.
+
+    Counts the blocks whose numbers change (see `changed_blocks`), and adds up what rounding does to a sample of them.
+    """
 
     weight: Weight
     block_size: tuple[int, int]
@@ -153,17 +165,27 @@ class EncodeFp8:
         name, shape, block = self.weight.name, _rows_of(self.weight, tensors), self.block_size[0]
         codes = torch.empty(shape, dtype=FP8)
         scales = torch.empty(block_grid(shape, self.block_size), dtype=torch.float32)
-        counts = {"sampled_squared_error": 0.0, "sampled_squared_weights": 0.0}
+        counts = {"blocks": scales.numel(), "changed_blocks": 0}
+        counts |= {"sampled_squared_error": 0.0, "sampled_squared_weights": 0.0}
+        plain = tensors[name] if self.weight.kind == "plain" else None
         for turn, (index, values) in enumerate(self.weight.decode(tensors, block)):
             # Rounding is measured in the first of every few rows of blocks: enough for a mean.
-            original = values.clone() if turn % _SAMPLED == 0 else None
+            sampled = turn % _SAMPLED == 0
+            original = values.clone() if sampled or plain is None else None
+            source = original if plain is None else plain[index]
             found = scales[grid_index(index, block)]
             for begin in range(0, len(found)):
                 rows = slice(begin * block, (begin + 1) * block)
-                found[begin] = encode_block_rows(values[rows], codes[index][rows], self.block_size[1], self.ue8m0)
+                half = source[rows] if source.dtype == torch.bfloat16 else None
+                found[begin] = encode_block_rows(values[rows], codes[index][rows], self.block_size[1], self.ue8m0, half)
             if not found.isfinite().all():
                 raise CheckpointError(f"tensor {name} holds values that are not finite: it cannot be quantised.")
-            if original is not None:
+            for begin in range(0, len(found)):
+                rows = slice(begin * block, (begin + 1) * block)
+                counts["changed_blocks"] += changed_blocks(
+                    codes[index][rows], found[begin], source[rows], self.block_size[1]
+                )
+            if sampled:
                 error = dequantize_block_fp8(codes[index], found, self.block_size).sub_(original).flatten()
                 counts["sampled_squared_error"] += error.dot(error).item()
                 counts["sampled_squared_weights"] += original.flatten().dot(original.flatten()).item()
@@ -351,7 +373,7 @@ def plan_fp8(source: Source, ue8m0: bool = False, block_size: tuple[int, int] = 
     for weight in weights.values():
         if _is_fused(weight.name):
             raise source.complain(weight.inputs[0], "stacks experts; convert the checkpoint `--to per-expert` first")
-        wanted = family.is_quantized(weight.name) and not is_exempt(source.config, weight.name)
+        wanted = is_quantized(family, weight.name) and not is_exempt(source.config, weight.name)
         if weight.kind == "fp8" and (wanted or powers == ue8m0) and weight.block_size == tuple(block_size):
             if powers or not ue8m0:
                 groups.extend(_kept_groups(source, weight))
@@ -401,7 +423,7 @@ def _plain_group(source: Source, weight: Weight) -> Group:
     if weight.kind == "plain":
         family = find_family(source.config)
         wide = weight.dtype in _FLOATS and weight.dtype != torch.bfloat16
-        if not wide or family is None or family.is_float32(weight.name):
+        if not wide or family is None or is_float32(family, weight.name):
             return copy_group(source, weight.name)
     output = Output(weight.name, torch.bfloat16, weight.shape)
     return Group(weight.inputs, (output,), Decode(weight, torch.bfloat16), weight.strip)

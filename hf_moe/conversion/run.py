@@ -24,9 +24,10 @@ from typing import Any
 import torch
 
 from ..models.weights_safetensors import INDEX_NAME, CheckpointError
+from ..units import bytes_text
 from ..version import __version__
 from .plan import Copy, Group, Part, Plan, Tensors
-from .progress import ProgressDisplay, human_bytes
+from .progress import ProgressDisplay
 from .source import MANIFEST_NAME, Source, memory_of, read_json
 from .writer import (
     PIECE_BYTES,
@@ -283,7 +284,7 @@ class _Job:
         if needed > free:
             self._drop_empty_state()
             raise CheckpointError(
-                f"{self.target}: the disk has {human_bytes(free)} free, but the conversion needs {human_bytes(needed)}."
+                f"{self.target}: the disk has {bytes_text(free)} free, but the conversion needs {bytes_text(needed)}."
             )
 
     def _drop_empty_state(self) -> None:

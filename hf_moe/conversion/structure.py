@@ -16,7 +16,7 @@ from ..models.modeling_base import MoePreTrainedModel
 from ..models.weights_experts import FUSED_EXPERTS
 from ..models.weights_safetensors import CheckpointError
 from ..models.weights_step3 import FUSED_STACKS, VISION_PREFIXES
-from ..register import FAMILIES, architecture_types, load_class
+from ..register import FAMILIES, load_class, model_type_of
 
 # Prefixes under which multimodal wrappers keep the tensors of a language model that we read.
 _WRAPPERS = (("model.language_model.", "model."), ("language_model.", ""))
@@ -68,16 +68,13 @@ def family_of(config: dict[str, Any]) -> str:
     Raises:
         CheckpointError: for one that is none of ours.
     """
-    model_type, architectures = config.get("model_type"), config.get("architectures") or [None]
-    if model_type in FAMILIES:
-        return model_type
-    named = architecture_types().get(architectures[0])
-    if named is None:
+    model_type = model_type_of(config)
+    if model_type is None:
         raise CheckpointError(
-            f"config.json: model_type {model_type!r} (architectures {config.get('architectures')!r}) is none of the "
-            f"families that hf_moe knows: {', '.join(FAMILIES)}."
+            f"config.json: model_type {config.get('model_type')!r} (architectures {config.get('architectures')!r}) is "
+            f"none of the families that hf_moe knows: {', '.join(FAMILIES)}."
         )
-    return named
+    return model_type
 
 
 def read_config_class(config: dict[str, Any]) -> PreTrainedConfig:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import models
-from ..inspect.architecture import type_by_name
-from ..register import FAMILIES, load_class
+from ..register import FAMILIES, load_class, model_type_of
 
 MODELS = Path(models.__file__).parent
 # Files beside `config.json` whose `auto_map` names a class of a processor.
@@ -17,19 +16,19 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 def knows_model_type(config: Mapping[str, Any]) -> bool:
     """Whether the model is one of ours."""
-    return (config.get("model_type") or type_by_name(config.get("architectures"))) in FAMILIES
+    return model_type_of(config) is not None
 
 
-def model_type_of(config: Mapping[str, Any], name: str) -> str:
+def require_model_type(config: Mapping[str, Any], name: str) -> str:
     """The family of a configuration, by `model_type` or, where it has none, by class name.
 
     Raises:
         ValueError: for a model type that is not ours.
     """
-    model_type = config.get("model_type") or type_by_name(config.get("architectures"))
-    if model_type not in FAMILIES:
+    model_type = model_type_of(config)
+    if model_type is None:
         raise ValueError(
-            f"{name}: there is no code for the model type {model_type!r} in hf_moe; known are "
+            f"{name}: there is no code for the model type {config.get('model_type')!r} in hf_moe; known are "
             f"{', '.join(sorted(FAMILIES))}. Give --no-code to go on without."
         )
     return model_type
@@ -70,7 +69,7 @@ def code_bundle(files: Mapping[str, bytes], name: str) -> dict[str, bytes]:
     """
     content = {filename: _parse(data, f"{name}/{filename}") for filename, data in files.items()}
     config = content["config.json"]
-    wanted = code_map(model_type_of(config, name))
+    wanted = code_map(require_model_type(config, name))
     bundle = {}
     for module in module_closure({reference.split(".")[0] for reference in wanted.values()}):
         bundle[module] = (MODELS / module).read_bytes()

@@ -19,11 +19,11 @@ from yaml import YAMLError
 from ..inspect import cost
 from ..inspect.architecture import READERS, read_architecture
 from ..inspect.count import count_parameters
-from ..inspect.report import bytes_text, count_text
 from ..inspect.sources import Source, read_json, read_source, stored_precision
+from ..units import bytes_text, count_text
 from ..version import __version__
-from .bundle import model_type_of
-from .families import FAMILIES, Family, Licence, licence_of
+from .bundle import require_model_type
+from .families import FAMILIES, Family, Licence, licence_of, plain_family
 from .manifest import MANIFEST
 
 TEMPLATE = Path(__file__).parent / "card.md"
@@ -53,6 +53,22 @@ class CardOptions:
     base_model: str | None = None
     licence: str | None = None
     title: str | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """The fine-tuning that made what a card is about.
+
+    - `report`: the section on it, in Markdown.
+    - `origin`: what was trained and on what, for a reader.
+    - `datasets`: Hub ids.
+    - `adapter`: the folder holds LoRA factors, and no model.
+    """
+
+    report: str
+    origin: str
+    datasets: tuple[str, ...] = ()
+    adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,39 +168,42 @@ def is_ours(text: str) -> bool:
 # --- rendering --------------------------------------------------------------------------------------------------------
 
 
-def render_card(checkpoint: Checkpoint, options: CardOptions = CardOptions()) -> str:
-    """The card as text, with its metadata, signed.
+def render_card(checkpoint: Checkpoint, options: CardOptions = CardOptions(), training: Training | None = None) -> str:
+    """The card as text, with its metadata, signed. That of a training is not: no file but it holds the report.
 
     Raises:
-        ValueError: for a model type without a family, or a licence that the Hub's metadata cannot hold.
+        ValueError: for a model that is not ours, or a licence that the Hub's metadata cannot hold.
     """
-    model_type = model_type_of(checkpoint.config, checkpoint.name)
-    family = FAMILIES[model_type]
+    model_type = require_model_type(checkpoint.config, checkpoint.name)
+    family = FAMILIES.get(model_type) or plain_family(model_type)
     base = base_model_of(checkpoint, options)
     licence, metadata = _licence(checkpoint, options, base)
+    adapter = training is not None and training.adapter
     data = ModelCardData(
         language=list(family.languages) if licence_of(base) else None,
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
+        datasets=list(training.datasets) or None if training else None,
         pipeline_tag="image-text-to-text" if model_type == "step3_vl" else "text-generation",
         base_model=base,
-        base_model_relation=_relation(checkpoint),
-        tags=_tags(checkpoint, model_type),
+        base_model_relation=_relation(checkpoint, training) if base else None,
+        tags=_tags(checkpoint, model_type) + (["hf-moe"] if training else []) + (["lora"] if adapter else []),
         **metadata,
     )
     parameters, memory, cache = _sizes(checkpoint, model_type)
-    conversion, steps, checksums = _conversion(checkpoint)
+    conversion, steps, checksums = ("", [], []) if training else _conversion(checkpoint)
     text = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         title=options.title or checkpoint.name,
-        introduction=_introduction(family, base),
+        introduction=training.origin if training else _introduction(family, base),
         summary=family.summary,
-        needs=_needs(checkpoint),
-        snippets=snippets(checkpoint, model_type, base),
+        needs="With `hf-moe[train]` installed:" if adapter else _needs(checkpoint),
+        snippets=[_adapter(checkpoint)] if adapter else snippets(checkpoint, model_type, base),
         parameters=parameters,
         memory=memory,
         cache=cache,
         context=CONTEXT,
+        training=training.report if training else "",
         conversion=conversion,
         steps=steps,
         checksums=checksums,
@@ -193,7 +212,7 @@ def render_card(checkpoint: Checkpoint, options: CardOptions = CardOptions()) ->
         citation=family.citation,
     ).content
     text = re.sub(r"\n{3,}", "\n\n", text.strip()) + "\n\n"
-    return signed(text)
+    return text.rstrip("\n") + "\n" if training else signed(text)
 
 
 def base_model_of(checkpoint: Checkpoint, options: CardOptions) -> str | None:
@@ -223,7 +242,9 @@ def _source_name(step: Mapping[str, Any]) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _relation(checkpoint: Checkpoint) -> str | None:
+def _relation(checkpoint: Checkpoint, training: Training | None) -> str | None:
+    if training is not None:
+        return "adapter" if training.adapter else "finetune"
     titles = " ".join(str(step.get("title", "")) for step in _steps(checkpoint.manifest)).lower()
     if "lora" in titles or "merge" in titles:
         return "finetune"
@@ -263,7 +284,8 @@ def _licence(checkpoint: Checkpoint, options: CardOptions, base: str | None) -> 
         return f"`{options.licence}`.{see}", {"license": options.licence}
     if known:
         title = f"[{known.title}]({known.link})" if known.link else known.title
-        owner = FAMILIES[model_type_of(checkpoint.config, checkpoint.name)].maker
+        family = FAMILIES.get(require_model_type(checkpoint.config, checkpoint.name))
+        owner = family.maker if family else base.partition("/")[0]
         return f"{title}, as {owner} released [{base}](https://huggingface.co/{base}).{see}", metadata_of(known)
     if isinstance(stated, str):
         metadata = {key: str(checkpoint.metadata[key]) for key in checkpoint.metadata if key.startswith("license")}
@@ -280,10 +302,10 @@ def metadata_of(licence: Licence) -> dict[str, str]:
 
 
 def _introduction(family: Family, base: str | None) -> str:
+    architecture = f"{family.title} architecture" + (f" by {family.maker}" if family.maker else "")
     if base:
-        link = f"[{base}](https://huggingface.co/{base})"
-        return f"Weights of {link}, in the {family.title} architecture by {family.maker}."
-    return f"A model in the {family.title} architecture by {family.maker}."
+        return f"Weights of [{base}](https://huggingface.co/{base}), in the {architecture}."
+    return f"A model in the {architecture}."
 
 
 def _needs(checkpoint: Checkpoint) -> str:
@@ -346,6 +368,14 @@ def _prompt(chat: bool) -> list[str]:
     ]
 
 
+def _adapter(checkpoint: Checkpoint) -> Snippet:
+    code = f"""import hf_moe
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("{checkpoint.address}")"""
+    return Snippet("The base model with the adapter:", code)
+
+
 def _picture(checkpoint: Checkpoint, remote: str) -> Snippet:
     code = f"""from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -375,7 +405,7 @@ def _sizes(checkpoint: Checkpoint, model_type: str) -> tuple[list[tuple[str, str
     parts, _ = count_parameters(Source(checkpoint.name, "card", config), architecture)
     rows = [("main model", cost.total_params(parts)), ("active per token", cost.active_params(parts))]
     rows += [(title, parts[part].total) for title, part in (("MTP layers", "mtp"), ("vision tower", "vision"))]
-    stored = stored_precision(config)
+    stored = stored_precision(config) if checkpoint.files else ""  # an adapter holds no model
     cache = cost.kv_cache_bytes(architecture, CONTEXT, 1, "bf16")
     memory = []
     for precision, title in PRECISIONS.items():

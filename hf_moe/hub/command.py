@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..inspect.report import bytes_text
+from ..units import bytes_text
 from .card import CardOptions, is_ours, read_checkpoint, render_card
 from .manifest import with_manifest
 from .push import README, Plan, PushError, PushOptions, plan_push, push, verify_before_push

@@ -184,6 +184,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def plain_family(model_type: str) -> Family:
+    """What a card says of a family that has no row: its name."""
+    return Family(model_type.replace("_", "-"), f"`{model_type}`", "", "", "", "", "", languages=())
+
+
 def licence_of(base_model: str | None) -> Licence | None:
     """The licence of a published release; `None` for one that is not in `RELEASES`."""
     name = (base_model or "").lower()

@@ -21,7 +21,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import get_session, validate_repo_id
 
-from ..inspect.report import bytes_text
+from ..units import bytes_text
 from .bundle import PROCESSOR_FILES, code_bundle, knows_model_type
 from .card import LICENCE_FILE, CardOptions, base_model_of, is_ours, read_checkpoint, render_card
 from .families import licence_of

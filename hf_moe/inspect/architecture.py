@@ -8,7 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..register import model_type_of
+
 Shape = tuple[int, int]
+
+
+def count_elements(linears: tuple[Shape, ...]) -> int:
+    return sum(rows * columns for rows, columns in linears)
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Attention:
 
     @property
     def linear_params(self) -> int:
-        return sum(rows * columns for rows, columns in self.linears)
+        return count_elements(self.linears)
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,9 @@ class Architecture:
 
 def read_architecture(config: dict[str, Any], name: str) -> Architecture:
     """Raises `ValueError` for a model type that has no formula here, and for a key that is missing."""
-    model_type = config.get("model_type") or type_by_name(config.get("architectures"))
+    model_type = config.get("model_type")
+    if model_type not in READERS:
+        model_type = model_type_of(config) or model_type
     reader = READERS.get(model_type)
     if reader is None:
         raise ValueError(
@@ -105,22 +113,8 @@ def read_architecture(config: dict[str, Any], name: str) -> Architecture:
         raise ValueError(f"{name}: the configuration lacks {error.args[0]!r}.") from error
 
 
-def type_by_name(architectures: list[str] | None) -> str | None:
-    """Model type by class name: some releases leave `model_type` out."""
-    names = {
-        "LongcatFlashForCausalLM": "longcat_flash",
-        "LongcatFlashNgramForCausalLM": "longcat_flash_ngram",
-        "Step3VLForConditionalGeneration": "step3_vl",
-    }
-    return next((names[name] for name in architectures or () if name in names), None)
-
-
 def _mlp(hidden: int, width: int) -> tuple[Shape, ...]:
     return ((width, hidden), (width, hidden), (hidden, width))
-
-
-def _size(linears: tuple[Shape, ...]) -> int:
-    return sum(rows * columns for rows, columns in linears)
 
 
 def _latent_attention(c: dict[str, Any]) -> Attention:
@@ -199,7 +193,7 @@ def _deepseek(c: dict[str, Any], name: str) -> Architecture:
         norm_params=(2 * layers + 1) * hidden,
         mtp_linears=depths * block,
         mtp_other=depths * other,
-        mtp_active=depths * (_size(chosen) + other),
+        mtp_active=depths * (count_elements(chosen) + other),
         mtp_buffers=depths * experts * biased,
         mtp_copies=depths * 2 * c["vocab_size"] * hidden,
     )
@@ -243,7 +237,7 @@ def _longcat(c: dict[str, Any], name: str) -> Architecture:
         norm_params=(4 * layers + 1) * hidden,
         mtp_linears=depths * block,
         mtp_other=other,
-        mtp_active=depths * _size(block) + other,
+        mtp_active=depths * count_elements(block) + other,
         mtp_copies=vocab * hidden if depths else 0,
         **ngram,
     )

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from ..units import count_text
 from . import cost
 from .accelerators import Accelerator
-from .report import count_text
 
 PART_COLOURS = {
     "embedding": "#9aa5b1",

@@ -10,7 +10,7 @@ N context, L attention sublayers, h query heads, d head width, g key/value heads
 import math
 from dataclasses import dataclass
 
-from .architecture import Architecture, Shape
+from .architecture import Architecture, Shape, count_elements
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 PRECISIONS = ("fp32", "bf16", "fp8", "int4")
@@ -49,7 +49,7 @@ def parameters(a: Architecture) -> dict[str, Part]:
         "routed": a.num_moe * a.num_experts * a.expert_params,
         "router": a.router_weights,
         "norm": a.norm_params,
-        "mtp": _size(a.mtp_linears) + a.mtp_other,
+        "mtp": count_elements(a.mtp_linears) + a.mtp_other,
         "vision": a.vision_params,
     }
     return {name: Part(total, active_of(a, name, total)) for name, total in totals.items()}
@@ -77,16 +77,12 @@ def active_params(parts: dict[str, Part], embedding: bool = True) -> int:
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 
-def _size(linears: tuple[Shape, ...]) -> int:
-    return sum(rows * columns for rows, columns in linears)
-
-
 def linear_bytes(linears: tuple[Shape, ...], precision: str) -> float:
     """Bytes of linear weights; FP8 with a float32 scale for each block of 128 x 128."""
     if precision == "fp8":
         blocks = sum(math.ceil(rows / FP8_BLOCK) * math.ceil(columns / FP8_BLOCK) for rows, columns in linears)
-        return _size(linears) + 4 * blocks
-    return _size(linears) * DTYPE_BYTES[precision]
+        return count_elements(linears) + 4 * blocks
+    return count_elements(linears) * DTYPE_BYTES[precision]
 
 
 def _mlp(a: Architecture, width: int) -> tuple[Shape, ...]:

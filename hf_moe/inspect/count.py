@@ -5,8 +5,8 @@ import re
 
 import torch
 
-from ..register import FAMILIES, load_class
-from .architecture import Architecture, type_by_name
+from ..register import FAMILIES, load_class, model_type_of
+from .architecture import Architecture
 from .cost import PARTS, Part, active_of, parameters
 from .sources import Source
 
@@ -52,7 +52,7 @@ def build_on_meta(source: Source) -> torch.nn.Module:
     """The model without any memory for its weights."""
     values = copy.deepcopy(source.config)
     values.pop("quantization_config", None)  # the shapes are those of the model in full precision
-    values["model_type"] = values.get("model_type") or type_by_name(values.get("architectures"))
+    values["model_type"] = model_type_of(values)
     config_class = load_class(FAMILIES[values["model_type"]])
     classes = config_class.remote_code_map
     reference = next(classes[name] for name in AUTO_CLASSES if name in classes)

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..units import bytes_text, count_text
 from . import cost
 from .accelerators import Accelerator, disaggregate, roofline
 from .architecture import Architecture, read_architecture
@@ -92,22 +93,6 @@ def _point(a: Architecture, context: int, batch: int, kv_dtype: str) -> dict[str
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
-
-
-def count_text(value: float) -> str:
-    """A number of things with three digits and a unit: 671B, 37.6B, 576."""
-    return _scaled(value, ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")))
-
-
-def bytes_text(value: float) -> str:
-    return _scaled(value, ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB"))) + ("" if value >= 1e3 else " B")
-
-
-def _scaled(value: float, units) -> str:
-    for size, unit in units:
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}" if value / size < 999.5 else f"{value / size:.0f}{unit}"
-    return f"{value:.3g}"
 
 
 def _seconds(value: float) -> str:

@@ -60,6 +60,16 @@ class LongcatFlashConfig(UpstreamConfig):
     own_defaults = {**UpstreamConfig.own_defaults, "overlap_experts": True, "index_topk": None}
     rope_interleave = True
 
+    fp8_weights = (
+        r"model\.layers\.\d+\.self_attn\.[01]\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)\.weight",
+        r"model\.layers\.\d+\.mlps\.[01]\.(gate|up|down)_proj\.weight",
+        r"model\.layers\.\d+\.mlp\.experts\.\d+\.(gate|up|down)_proj\.weight",
+        # Unlike DeepSeek's, the MTP layer's `eh_proj` is quantised too.
+        r"model\.mtp\.layers\.\d+\.self_attn\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)\.weight",
+        r"model\.mtp\.layers\.\d+\.(eh_proj|transformer_layer\.mlp\.(gate|up|down)_proj)\.weight",
+    )
+    float32_tensors = (r"model\.layers\.\d+\.mlp\.router\.(classifier\.weight|e_score_correction_bias)",)
+
     base_model_tp_plan = {
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
         "layers.*.mlp.experts.down_proj": "rowwise",

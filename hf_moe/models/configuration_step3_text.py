@@ -48,6 +48,11 @@ class Step3TextConfig(UpstreamConfig):
         "AutoModel": "modeling_step3_text.Step3TextModel",
         "AutoModelForCausalLM": "modeling_step3_text.Step3TextForCausalLM",
     }
+    fp8_weights = (
+        r"model\.layers\.\d+\.self_attn\.(q_proj|wq|k_proj|v_proj|o_proj)\.weight",
+        # `moe` holds stacks of all experts: (experts, out, in), with scales of as many dimensions.
+        r"model\.layers\.\d+\.(mlp|moe|share_expert)\.(gate|up|down)_proj\.weight",
+    )
 
     base_model_tp_plan = {
         "layers.*.moe.experts.gate_up_proj": "packed_colwise",

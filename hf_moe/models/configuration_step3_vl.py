@@ -58,6 +58,7 @@ class Step3VLConfig(UpstreamConfig):
 
     model_type = "step3_vl"
     derived_keys = ()
+    fp8_weights = Step3TextConfig.fp8_weights
     sub_configs = {"text_config": Step3TextConfig, "vision_config": Step3VisionConfig}
     keys_to_ignore_at_inference = ["past_key_values"]
     remote_code_map = {

@@ -58,7 +58,7 @@ class ZeroExpertMoE(nn.Module):
         output = self.experts(tokens, self._ids_of_experts(topk_indices), topk_weights.masked_fill(is_zero, 0.0))
         if self.has_identity:
             weight = (topk_weights * is_zero).sum(-1, keepdim=True)  # (T, 1)
-            output = (output + weight * tokens).to(hidden_states.dtype)  # added in float32, rounded once
+            output = torch.addcmul(output, weight, tokens).to(hidden_states.dtype)  # added in float32, rounded once
         return output.view_as(hidden_states)
 
     def route(
@@ -78,7 +78,7 @@ class ZeroExpertMoE(nn.Module):
         then go round, to be multiplied with a weight of zero.
         """
         experts = self.experts
-        while hasattr(experts, "base_layer"):  # under an adapter
+        while not isinstance(experts, Experts) and hasattr(experts, "base_layer"):  # under an adapter
             experts = experts.base_layer
         if experts.num_experts == self.num_real_experts:
             return topk_indices.clamp_max(self.num_real_experts)

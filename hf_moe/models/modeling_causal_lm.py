@@ -91,6 +91,17 @@ class CausalLMMixin:
         """What of the decoder's outputs a family passes on besides the usual."""
         return {}
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """`generate_batch` would fail request by request and return no tokens; this says it at once.
+
+        Its paged cache holds keys and values of one width per head, and its packed requests have no cache of their own
+        that latents, windows or n-gram contexts could live in.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not run under continuous batching (`generate_batch`, `transformers serve "
+            "--continuous-batching`): use `generate` with a left-padded batch."
+        )
+
     def num_mtp_depths(self) -> int:
         """How many tensors `mtp_states` returns."""
         return 0

@@ -107,14 +107,30 @@ def stack_converters() -> list[WeightConverter]:
     return [WeightConverter(list(parts), target, operations=[FuseStacks()]) for target, parts in FUSED_STACKS.items()]
 
 
+class TextRenaming(WeightRenaming):
+    """From `model.<prefix>.` in a file to `model.language_model.<prefix>.`; back also where no head adds `model.`.
+
+    Loading gives a model without a head its names by taking the `model.` away; saving does not put it back.
+    """
+
+    __slots__ = ()
+
+    def reverse_transform(self) -> WeightRenaming:
+        (source,), (target,) = self._original_source_patterns, self._original_target_patterns
+        tail = target.removeprefix("model.")
+        output = WeightRenaming(rf"^(?:model\.)?{re.escape(tail)}", source.replace("\\", "").removeprefix("^"))
+        output.scope_prefix, output.base_model_prefix = self.scope_prefix, self.base_model_prefix
+        return output
+
+
 def vision_renamings() -> list[WeightRenaming]:
     """From the names of the vision checkpoint to those of the model, and back on saving.
 
     One anchored rule a prefix, each up to its dot: `vit_downsampler` is the beginning of `vit_downsampler2`.
     """
-    moved = {prefix: f"model.{prefix}" for prefix in VISION_PREFIXES}
-    moved |= {f"model.{prefix}": f"model.language_model.{prefix}" for prefix in TEXT_PREFIXES}
-    return [WeightRenaming("^" + re.escape(f"{source}."), f"{target}.") for source, target in moved.items()]
+    parts = [WeightRenaming("^" + re.escape(f"{prefix}."), f"model.{prefix}.") for prefix in VISION_PREFIXES]
+    text = [(re.escape(f"model.{prefix}."), f"model.language_model.{prefix}.") for prefix in TEXT_PREFIXES]
+    return parts + [TextRenaming(f"^{source}", target) for source, target in text]
 
 
 def stack_parts(parameter: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:

@@ -3,8 +3,10 @@
 import torch
 from torch import nn
 
+from ..units import bytes_text
 from .arguments import FinetuneArguments
 from .lora import check_targets, mtp_targets
+from .partition import count_elements, whole_shape
 
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 
@@ -64,31 +66,26 @@ def default_targets(model: nn.Module) -> tuple[list[str], list[str]]:
     parameters = {
         ".".join(name.split(".")[-2:])
         for name, parameter in model.named_parameters()
-        if parameter.ndim == 3 and name.rpartition(".")[2] in EXPERT_PARAMETERS
+        if len(whole_shape(parameter)) == 3 and name.rpartition(".")[2] in EXPERT_PARAMETERS
     }
     return sorted(modules), sorted(parameters)
 
 
-def estimate_memory(model: nn.Module, optimizer_states: int = 2) -> str:
-    """A line on what the weights, gradients and optimiser of one process take, without activations."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = sum(p.numel() * p.element_size() for p in trained)
+def estimate_memory(model: nn.Module, optimizer_states: int = 2, shards: int = 1) -> str:
+    """A line on what the weights, gradients and optimiser of one process take, without activations.
+
+    `shards`: processes that share them out.
+    """
+    sizes = [(p, count_elements([p])) for p in model.parameters()]
+    weights = sum(size * p.element_size() for p, size in sizes) / shards
+    gradients = sum(size * p.element_size() for p, size in sizes if p.requires_grad) / shards
     optimizer = optimizer_states * gradients
-    count, total = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
+    count, total = sum(size for p, size in sizes if p.requires_grad), sum(size for _, size in sizes)
     return (
         f"{count:,} of {total:,} parameters are trained ({100 * count / total:.2f} %). Memory: weights "
-        f"{_size(weights)}, gradients {_size(gradients)}, optimiser {_size(optimizer)}, together "
-        f"{_size(weights + gradients + optimizer)} and activations"
+        f"{bytes_text(weights)}, gradients {bytes_text(gradients)}, optimiser {bytes_text(optimizer)}, together "
+        f"{bytes_text(weights + gradients + optimizer)} and activations"
     )
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def memory_hint(error: torch.OutOfMemoryError) -> str:

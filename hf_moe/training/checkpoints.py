@@ -24,6 +24,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 
+from .partition import count_elements
+
 if TYPE_CHECKING:
     from .trainer import FinetuneTrainer, TrainerState
 
@@ -96,7 +98,7 @@ def run_identity(trainer: "FinetuneTrainer") -> dict[str, Any]:
         "data": trainer.train_dataset.fingerprint(),
         "data_seed": trainer.order.seed,
         "rows_per_step": trainer.rows_per_step,
-        "trained_parameters": sum(p.numel() for p in trainer.unwrapped.parameters() if p.requires_grad),
+        "trained_parameters": count_elements(p for p in trainer.unwrapped.parameters() if p.requires_grad),
         "optim": trainer.args.optim,
     }
 

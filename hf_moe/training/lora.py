@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .partition import count_elements
+
 _LAYER = re.compile(r"(^|\.)layers\.(\d+)(?=\.)")
 _SAVED = re.compile(r"\.modules_to_save\.([^.]+)(\.[^.]+)$")
 _ADAPTER = re.compile(r"\.(lora_[A-Za-z_]+)\.([^.]+)(\.weight|\.bias)?$")
@@ -173,7 +175,7 @@ def trained_kinds(model: nn.Module) -> list[TrainedKind]:
         row = found.setdefault((_kind(target, layers), adapter), empty)
         row["targets"].add(target)
         row["tensors"] += 1
-        row["count"] += getattr(parameter, "ds_numel", parameter.numel())
+        row["count"] += count_elements([parameter])
         if factor:
             row["r"].add(owners[owner].r[adapter])
     kinds = []
@@ -204,7 +206,7 @@ def trained_table(model: nn.Module) -> str:
         rank = "-" if kind.rank is None else str(kind.rank)
         counts = (f"{count:,}" for count in (kind.targets, kind.tensors, kind.parameters))
         rows.append((kind.kind, kind.adapter or "-", rank, *counts))
-    everything = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    everything = count_elements(model.parameters())
     trained = sum(kind.parameters for kind in kinds)
     rows.append(("in all", "", "", "", f"{sum(kind.tensors for kind in kinds):,}", f"{trained:,}"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

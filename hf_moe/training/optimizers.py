@@ -5,6 +5,7 @@ from torch import nn
 
 from .arguments import FinetuneArguments
 from .muon import Muon, muon_groups
+from .partition import whole_shape
 
 MUON = ("muon", "muonclip")
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw")
@@ -37,7 +38,7 @@ def build_adamw(model: nn.Module, args: FinetuneArguments) -> torch.optim.AdamW:
     decayed, kept = [], []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            plain = parameter.ndim < 2 or id(parameter) in embeddings
+            plain = len(whole_shape(parameter)) < 2 or id(parameter) in embeddings
             (kept if plain else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return torch.optim.AdamW(

@@ -1,14 +1,22 @@
 """What a run leaves behind: adapter, merged or full model, with tokenizer, card and curve; and its upload."""
 
+import dataclasses
 import importlib.util
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import ModelCardData
+
+from ..hub.card import CardOptions, Checkpoint, Training, read_checkpoint, render_card
+from ..hub.families import FAMILIES
 from .arguments import FinetuneArguments
 from .charts import draw_losses
 from .checkpoints import is_sharded
+from .partition import gathered
 from .trainer import FinetuneTrainer, TrainResult, base_model
 
 CHART = "loss.png"
@@ -23,9 +31,7 @@ def write_result(trainer: FinetuneTrainer, result: TrainResult) -> Path:
     args, accelerator, folder = trainer.args, trainer.accelerator, Path(trainer.args.output_dir)
     staging = folder / ".result.tmp"
     model = trainer.unwrapped
-    state = None
-    if is_sharded(accelerator):
-        state = accelerator.get_state_dict(trainer.model)
+    state = whole_state(trainer) if is_sharded(accelerator) else None
     if accelerator.is_main_process:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -46,10 +52,25 @@ def write_result(trainer: FinetuneTrainer, result: TrainResult) -> Path:
     return folder
 
 
+def whole_state(trainer: FinetuneTrainer) -> dict[str, torch.Tensor] | None:
+    """What is saved of a sharded model, on the main process; every process calls it.
+
+    Of a model with an adapter that is what was trained, one tensor at a time: the rest may fit into no process.
+    """
+    accelerator = trainer.accelerator
+    if not trainer.args.use_peft:
+        return accelerator.get_state_dict(trainer.model)
+    state = {}
+    for name, parameter in trainer.unwrapped.named_parameters():
+        if parameter.requires_grad:
+            with gathered(parameter) as whole:
+                if accelerator.is_main_process:
+                    state[name] = whole.detach().to("cpu", copy=True)
+    return state
+
+
 def write_merged(trainer: FinetuneTrainer, result: TrainResult, folder: Path) -> None:
     """Merges the adapter into the model, for good, and saves that beside the adapter."""
-    if is_sharded(trainer.accelerator):
-        raise ValueError("--merge_adapter needs the whole model on one process: merge the adapter afterwards")
     staging = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(staging, ignore_errors=True)
     merged = trainer.unwrapped.merge_and_unload()
@@ -62,29 +83,47 @@ def write_merged(trainer: FinetuneTrainer, result: TrainResult, folder: Path) ->
 
 
 def write_card(path: Path, trainer: FinetuneTrainer, result: TrainResult, merged: bool = False) -> None:
-    """A model card: where the model comes from, what was trained on what, and the losses that were measured."""
-    from huggingface_hub import ModelCard, ModelCardData
-
-    args = trainer.args
-    adapter = args.use_peft and not merged
-    config = base_model(trainer.unwrapped).config
-    metadata = ModelCardData(
-        # A Hub id has at most one slash; a folder of some machine says nothing to others.
-        base_model=args.model_name_or_path if _is_hub_id(args.model_name_or_path) else None,
-        datasets=[args.dataset_name] if _is_hub_id(args.dataset_name) else None,
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
-        tags=[str(config.model_type), "hf-moe", *(["lora"] if args.use_peft else []), "text-generation"],
-    )
-    card = f"---\n{metadata.to_yaml()}\n---\n\n" + card_text(trainer, result, merged)
-    ModelCard(card, ignore_metadata_errors=True).save(path)
-
-
-def card_text(trainer: FinetuneTrainer, result: TrainResult, merged: bool = False) -> str:
-    """The body of the card."""
-    args, data = trainer.args, trainer.train_dataset
+    """A model card beside what was saved: where the model comes from, what was trained on what, and what came of it."""
+    args, model = trainer.args, base_model(trainer.unwrapped)
     base, dataset = _public_name(args.model_name_or_path), _public_name(args.dataset_name)
-    what = "LoRA adapter of" if args.use_peft and not merged else "Fine-tuned from"
+    adapter = args.use_peft and not merged
+    report, datasets = training_report(trainer, result, merged), (args.dataset_name,)
+    training = Training(
+        report=report,
+        origin=f"Trained on {dataset}.",
+        datasets=datasets if _is_hub_id(args.dataset_name) else (),
+        adapter=adapter,
+    )
+    address = args.hub_model_id or "path/to/this/folder"
+    title = f"{'LoRA adapter of' if adapter else 'Fine-tuned from'} {base}"
+    if model.config.model_type not in FAMILIES:
+        path.write_text(_plain_card(title, training, address), encoding="utf-8")
+        return
+    if adapter:
+        config = json.loads(model.config.to_json_string(use_diff=False))
+        checkpoint = Checkpoint(base, address, config, frozenset(), code=False)
+    else:
+        checkpoint = dataclasses.replace(read_checkpoint(path.parent), address=address)
+    # A Hub id has a slash; a folder of some machine says nothing to others.
+    release = args.model_name_or_path if _is_hub_id(args.model_name_or_path) and "/" in base else None
+    path.write_text(render_card(checkpoint, CardOptions(release, title=title), training), encoding="utf-8")
+
+
+def _plain_card(title: str, training: Training, address: str) -> str:
+    """The card of a model of another family, which brings its own code."""
+    data = ModelCardData(
+        datasets=list(training.datasets) or None,
+        library_name="peft" if training.adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["hf-moe", *(["lora"] if training.adapter else [])],
+    )
+    body = f"# {title}\n\n{training.origin} To load from `{address}`.\n\n## Training\n\n{training.report}\n"
+    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+
+
+def training_report(trainer: FinetuneTrainer, result: TrainResult, merged: bool = False) -> str:
+    """What was trained how, and the losses that were measured, as a table; and the picture of them."""
+    args, data = trainer.args, trainer.train_dataset
     rows: list[tuple[str, Any]] = [
         ("steps", f"{result.step:,} of {trainer.rows_per_step} rows"),
         (
@@ -109,24 +148,8 @@ def card_text(trainer: FinetuneTrainer, result: TrainResult, merged: bool = Fals
         rows.append(("held-out loss, best", f"{best['eval_loss']:.4f} at step {best['step']}"))
         rows.append(("held-out loss, last", f"{evaluations[-1]['eval_loss']:.4f} at step {evaluations[-1]['step']}"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    usage = _USAGE_ADAPTER if args.use_peft and not merged else _USAGE_MODEL
-    chart = "" if merged else f"\n![losses]({CHART})\n"
-    return f"# {what} {base}\n\nTrained on {dataset}.\n\n{usage}\n| | |\n|---|---|\n{table}\n{chart}"
-
-
-_USAGE_ADAPTER = """```python
-import hf_moe
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
-```
-"""
-_USAGE_MODEL = """```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
-```
-"""
+    chart = "" if merged else f"\n\n![losses]({CHART})"
+    return f"| | |\n|---|---|\n{table}{chart}"
 
 
 def _is_hub_id(name: str) -> bool:

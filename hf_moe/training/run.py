@@ -14,11 +14,12 @@ import hf_moe  # noqa: F401  registers the models
 from .adapters import apply_lora, estimate_memory
 from .arguments import FinetuneArguments
 from .callbacks import Callback
-from .checkpoints import find_checkpoint, list_checkpoints
+from .checkpoints import find_checkpoint, is_sharded, list_checkpoints
 from .data import TokenRows, load_rows
 from .fp8_training import disable_fp8_training, enable_fp8_training
 from .lora import trained_table
 from .output import push, write_result
+from .partition import count_elements
 from .router_callbacks import balance_callbacks
 from .sources import DataError
 from .trainer import FinetuneTrainer, TrainResult, make_accelerator, print_on_main
@@ -50,6 +51,11 @@ def finetune(args: FinetuneArguments, callbacks: Sequence[Callback] = ()) -> Fin
         raise ImportError("LoRA needs peft: pip install 'hf-moe[train]'")
     check_output_dir(args)
     accelerator = make_accelerator(args)
+    if args.merge_adapter and is_sharded(accelerator):
+        raise ValueError(
+            "--merge_adapter needs the whole model in one process, which FSDP and DeepSpeed do not have: leave it out, "
+            "and merge the adapter afterwards with `hf-moe merge`"
+        )
     tokenizer = load_tokenizer(args)
     check_length(args)
     train, held_out = load_rows(tokenizer, args)
@@ -67,8 +73,9 @@ def finetune(args: FinetuneArguments, callbacks: Sequence[Callback] = ()) -> Fin
         enable_fp8_training(model, simulate=args.fp8 == "simulate", device=accelerator.device)
     callbacks = [*balance_callbacks(model, args), *callbacks]
     trainer = FinetuneTrainer(model, args, train, held_out, tokenizer, callbacks, accelerator)
-    print_on_main(accelerator, trained_table(model), estimate_memory(model))
-    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    shards = accelerator.num_processes if is_sharded(accelerator) else 1
+    print_on_main(accelerator, trained_table(model), estimate_memory(model, shards=shards))
+    count = count_elements(parameter for parameter in model.parameters() if parameter.requires_grad)
     result = trainer.train()
     if args.fp8 != "no":
         disable_fp8_training(model)

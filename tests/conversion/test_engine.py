@@ -261,7 +261,7 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(source, whole, tmp_path
 def test_too_little_room_is_noticed_before_the_start(source, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
-    with pytest.raises(CheckpointError, match="the disk has 1.0 MB free, but the conversion needs 21"):
+    with pytest.raises(CheckpointError, match="the disk has 1 MB free, but the conversion needs 21"):
         run(source, tmp_path / "out")
     assert not any(tmp_path.iterdir())
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_moe.conversion.arithmetic import decode_block_rows, encode_block_rows
-from hf_moe.conversion.families import FAMILIES, find_family, is_exempt
+from hf_moe.conversion.arithmetic import changed_blocks, decode_block_rows, encode_block_rows
+from hf_moe.conversion.families import find_family, is_exempt, is_quantized
 from hf_moe.conversion.quantization import plan_bf16, plan_fp8, plan_fp8_ue8m0
 from hf_moe.conversion.run import convert
 from hf_moe.conversion.source import open_source
 from hf_moe.models.op_quant import dequantize_block_fp8, quantize_block_fp8
 from hf_moe.models.weights_safetensors import CheckpointError
+from hf_moe.register import FAMILIES
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 FP8 = torch.float8_e4m3fn
@@ -107,6 +108,7 @@ def test_back_to_fp8_gives_the_bytes_where_a_blocks_maximum_is_representable(cas
     assert compared > 150
     report = summary.manifest["steps"][-1]["report"]
     assert 0 < report["sampled_squared_error"] < 0.002 * report["sampled_squared_weights"]
+    assert report["blocks"] - report["changed_blocks"] >= compared
 
 
 def test_the_error_report_counts_what_changed(tmp_path):
@@ -115,14 +117,36 @@ def test_the_error_report_counts_what_changed(tmp_path):
     summary = run(tmp_path / "bf16", plan_fp8, tmp_path / "fp8")
     plain, new = tensors_of(tmp_path / "bf16"), tensors_of(tmp_path / "fp8")
     error = weights = 0.0
+    blocks = changed = 0
     for name, tensor in new.items():
         if tensor.dtype == FP8:
-            decoded = cast_as_upstream(tensor, new[f"{name}_scale_inv"]).double()
+            decoded = cast_as_upstream(tensor, new[f"{name}_scale_inv"])
+            for rows, columns in blocks_of(decoded):
+                blocks += 1
+                after, before = (part[rows, columns].view(torch.int16).int() for part in (decoded, plain[name]))
+                changed += bool(((after - before).abs() > 1).any())
+            decoded = decoded.double()
             error += (decoded - plain[name].double()).square().sum().item()
             weights += plain[name].double().square().sum().item()
     report = summary.manifest["steps"][-1]["report"]
     assert report["sampled_squared_weights"] == pytest.approx(weights, rel=1e-4)  # all of it: the matrices are small
     assert report["sampled_squared_error"] == pytest.approx(error, rel=0.05)
+    assert (report["blocks"], report["changed_blocks"]) == (blocks, changed) and 0 < changed < blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [3, 128])
+def test_changed_blocks_are_counted_exactly(rows, dtype):
+    torch.manual_seed(rows)
+    codes = torch.randn(rows, 300).mul(100).to(FP8)
+    scales = torch.tensor([0.5, 0.25, 3.0])
+    source = dequantize_block_fp8(codes, scales[None], (128, 128)).to(dtype)
+    assert changed_blocks(codes, scales, source, 128) == 0
+    source[-1, 299] = 1000.0  # the last number of the last block, behind the first rows
+    assert changed_blocks(codes, scales, source, 128) == 1
+    source[0, 0] = -1000.0
+    assert changed_blocks(codes, scales, source, 128) == 2
+    assert changed_blocks(codes, scales, torch.randn(rows, 300).to(dtype), 128) == 3
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (127, 129), (128, 128), (200, 300), (576, 256), (130, 1)])
@@ -147,6 +171,11 @@ def test_rows_of_blocks_are_encoded_as_defined(shape, size, ue8m0):
     codes = torch.empty(shape, dtype=FP8)
     scales = encode_block_rows(values.clone(), codes, 128, ue8m0)
     expected_codes, expected_scales = quantize_block_fp8(values, ue8m0=ue8m0)
+    assert torch.equal(scales[None], expected_scales)
+    assert same_bytes(codes, expected_codes)
+    half = values.bfloat16()
+    scales = encode_block_rows(half.float(), codes, 128, ue8m0, half)
+    expected_codes, expected_scales = quantize_block_fp8(half.float(), ue8m0=ue8m0)
     assert torch.equal(scales[None], expected_scales)
     assert same_bytes(codes, expected_codes)
 
@@ -356,14 +385,27 @@ QUANTISED = [
     ("model_type", "name", "quantised"), [(*row, False) for row in KEPT] + [(*row, True) for row in QUANTISED]
 )
 def test_what_releases_quantise(model_type, name, quantised):
-    assert find_family({"model_type": model_type}).is_quantized(name) is quantised
+    assert is_quantized(find_family({"model_type": model_type}), name) is quantised
 
 
 def test_families_are_found_without_a_model_type():
-    for family in FAMILIES:
-        for architecture in family.architectures:
-            assert find_family({"architectures": [architecture]}) is family
+    known = {
+        "DeepseekV3ForCausalLM": "deepseek_v3",
+        "DeepseekV2ForCausalLM": "deepseek_v2",
+        "Step3VLForConditionalGeneration": "step3_vl",
+        "Step3TextForCausalLM": "step3_text",
+        "LongcatFlashForCausalLM": "longcat_flash",
+        "LongcatFlashNgramForCausalLM": "longcat_flash_ngram",
+        "LongcatCausalLM": "longcat",
+        "LongcatNextForCausalLM": "longcat_next",
+    }
+    for architecture, model_type in known.items():
+        assert find_family({"architectures": [architecture]}).model_type == model_type
     assert find_family({"model_type": "llama", "architectures": ["DeepseekV3ForCausalLM"]}) is None
+
+
+def test_every_registered_family_says_what_to_quantise():
+    assert all(find_family({"model_type": model_type}).fp8_weights for model_type in FAMILIES)
 
 
 def test_mtp_layers_are_converted(tmp_path):

@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 from hf_moe.cli import app
 from hf_moe.inspect.command import run_inspect
 from hf_moe.inspect.explain import INSPECT
-from hf_moe.inspect.report import bytes_text, count_text, inspect_model
+from hf_moe.inspect.report import inspect_model
 from hf_moe.inspect.sources import bytes_on_disk, read_source, shipped_names, stored_precision
+from hf_moe.units import bytes_text, count_text
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

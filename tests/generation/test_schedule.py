@@ -83,6 +83,16 @@ def test_losses_are_bounded_where_the_assumed_cost_is_far_too_low():
     assert max(times) < 1.05
 
 
+@pytest.mark.parametrize("cost", [0.1, 0.2, 0.5])
+def test_a_short_first_call_loses_little_and_gains_what_there_is(cost):
+    """64 tokens, of which some go into learning what drafts cost."""
+    for acceptance in (0.0, 0.2, 0.4, 0.6, 0.8, 0.9):
+        times = [simulate(acceptance, cost, True, tokens=64, seed=seed)[0] for seed in range(40)]
+        mean = sum(times) / len(times)
+        assert mean < 1.05
+        assert mean < 1.2 * best(acceptance, cost)
+
+
 def test_long_steps_after_a_pause_teach_no_costs():
     schedule = DraftSchedule(2, "adaptive", cost_ratio=0.3, timed=True)
     for step in range(12):

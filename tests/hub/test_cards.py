@@ -21,7 +21,8 @@ from hf_moe.hub.card import CardOptions, Checkpoint, is_ours, read_checkpoint, r
 from hf_moe.hub.families import FAMILIES, RELEASES, licence_of
 from hf_moe.hub.push import push
 from hf_moe.hub.tokenizer import convert_tokenizer
-from hf_moe.inspect.report import bytes_text, inspect_model
+from hf_moe.inspect.report import inspect_model
+from hf_moe.units import bytes_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CARDS = REPOSITORY / "model_cards"

@@ -338,3 +338,9 @@ def test_inductor_decode_step(fresh_compiler):
     model = tiny_model(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
     results = compiled_steps(model, "inductor")
     assert_close("logits", results["compiled"], results["eager"], "float32")
+
+
+def test_continuous_batching_is_refused(model):
+    """Transformers' own classes of this kind log a shape error and return requests without tokens."""
+    with pytest.raises(NotImplementedError, match="left-padded batch"):
+        model.generate_batch([[5, 6, 7], [8, 9]])

@@ -244,6 +244,14 @@ def test_base_model_and_other_layouts_of_names(tmp_path):
     assert type(base) is Step3VLModel
     assert_same_tensors(base.state_dict(), model.model.state_dict())
     base.save_pretrained(tmp_path / "base")
+    upstream = read_tensors(golden("step3_vl"))
+    wanted = {name: tensor.float() for name, tensor in upstream.items() if name != "lm_head.weight"}
+    assert_same_tensors(read_tensors(tmp_path / "base"), wanted)
+    model.model.save_pretrained(tmp_path / "part")  # was never loaded by itself
+    assert_same_tensors(read_tensors(tmp_path / "part"), wanted)
+    again, info = AutoModel.from_pretrained(tmp_path / "base", dtype=torch.float32, output_loading_info=True)
+    assert type(again) is Step3VLModel and not any(info.values()), info
+    assert_same_tensors(again.state_dict(), base.state_dict())
     from_base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", dtype=torch.float32)
     assert_same_tensors(from_base.model.state_dict(), base.state_dict())
     model.save_pretrained(tmp_path / "native", save_original_format=False)
@@ -328,6 +336,9 @@ def test_fp8_with_vision(auto_class, place, tmp_path):
     saved = read_tensors(tmp_path / "kept")
     for name in (name for name in fp8 if f"{name}_scale_inv" in fp8 or name.endswith("scale_inv")):
         assert_same_bits(name, saved[name], fp8[name])
+    if vision:  # without a head: the same tensors but for it
+        AutoModel.from_pretrained(folder, dtype=torch.float32).save_pretrained(tmp_path / "base")
+        assert_same_tensors(read_tensors(tmp_path / "base"), {key: saved[key] for key in saved if "lm_head" not in key})
     decoded.save_pretrained(tmp_path / "decoded")
     written = read_config(tmp_path / "decoded")
     assert "quantization_config" not in written and "quantization_config" not in written.get("text_config", {})

@@ -210,7 +210,7 @@ def test_the_tile_of_two_blocks(monkeypatch):
     rows, scale = quantize_rows(case.hidden_states)
     low = torch.randn(150, 4)
     weights = (case.gate_up_proj, case.gate_up_scale)
-    options = {"out_dtype": torch.float32, "low": low, "lora_b": case.lora.gate_up_b, "save_pre": True}
+    options = {"out_dtype": torch.float32, "low": low, "lora_b": case.lora.gate_up_b, "pre_dtype": torch.float32}
     inner, pre = kernel_experts.gate_up(rows, *weights, layout, 1, x_scale=scale, **options)
     values = dequantize_rows(rows, scale)[layout.order]
     experts_of_rows = case.topk_indices.flatten()[layout.order]

@@ -188,6 +188,21 @@ def test_cpu_form_leaves_its_arguments_alone():
     assert all(map(torch.equal, copies, (hidden_states, topk_indices, weights)))
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_experts_are_computed_once_and_in_order(batched):
+    experts = [*range(3, 60), 61, 63, *range(70, 75), 80, 81, *range(90, 140)]
+    sizes = [1 + 7 * expert % 40 for expert in experts]
+    pieces = list(op_moe._pieces_of_experts(experts, sizes, batched))
+    assert [expert for piece, _ in pieces for expert in experts[piece]] == experts
+    assert any(together for _, together in pieces) == batched
+    for piece, together in pieces:
+        some = experts[piece]
+        assert len(some) <= op_moe._EXPERTS_AT_ONCE
+        if together:
+            assert some == list(range(some[0], some[-1] + 1)) and len(some) in op_moe._NEIGHBOURS
+            assert max(sizes[piece]) <= 2 * op_moe._FEW_ROWS
+
+
 def test_permuting_tokens_permutes_the_output():
     experts = make_experts(BACKEND_NAME)
     hidden_states, topk_indices, weights = torch.randn(63, experts.hidden_dim), route("odd_tokens"), torch.rand(63, 3)

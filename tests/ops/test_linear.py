@@ -5,7 +5,7 @@ import torch
 from testing import assert_close
 
 from hf_moe.models.layer_linear import Linear
-from hf_moe.models.op_linear import linear
+from hf_moe.models.op_linear import linear, linear_each
 
 DTYPES = [pytest.param(getattr(torch, name), id=name) for name in ("float32", "bfloat16", "float64")]
 SHAPES = [(1,), (1, 1), (2,), (3,), (2, 1), (4, 8), (33,), (5, 13), (0,)]
@@ -37,6 +37,20 @@ def test_strided_operands(rows, dtype):
         assert_close("output", result, wide.double() @ weight.double().t(), str(dtype).removeprefix("torch."))
 
 
+@pytest.mark.parametrize("sizes", [[1], [1, 1, 1], [3, 1, 40, 2, 1]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_matrix_takes_its_own_rows(dtype, sizes, poisoned):
+    indices, start = [7, 0, 3, 3, 5][: len(sizes)], 0
+    stack, rows = torch.randn(8, 6, 24).to(dtype), torch.randn(sum(sizes), 24).to(dtype)
+    with torch.no_grad():
+        result = linear_each(rows, sizes, stack, indices)
+    assert result.dtype == dtype and result.is_contiguous() and result.shape == (sum(sizes), 6)
+    for size, index in zip(sizes, indices):
+        own, start = slice(start, start + size), start + size
+        expected = rows[own].double() @ stack[index].double().t()
+        assert_close("output", result[own], expected, str(dtype).removeprefix("torch."))
+
+
 @pytest.mark.parametrize("rows", [1, 2, 9, 40])
 def test_gradients(rows):
     layer = Linear(24, 8)
@@ -61,6 +75,10 @@ def test_onednn_switch_is_left_as_it_was(enabled):
             assert torch._C._get_mkldnn_enabled() == enabled
             with pytest.raises(RuntimeError):
                 linear(rows, weight, bias=torch.zeros(5).bfloat16())
+            linear_each(rows, [1], weight.unsqueeze(0), [0])
+            assert torch._C._get_mkldnn_enabled() == enabled
+            with pytest.raises(IndexError):
+                linear_each(rows, [1], weight.unsqueeze(0), [1])
         assert torch._C._get_mkldnn_enabled() == enabled, "an error must not leave oneDNN off"
     finally:
         torch._C._set_mkldnn_enabled(before)

@@ -106,6 +106,7 @@ def test_cached_steps_of_a_model_on_the_kernel(batch, monkeypatch):
     ids, mask = left_padded([random_ids(1, 9)[0], random_ids(1, 14)[0]])
     if batch == "plain":
         ids, mask = random_ids(2, 14), torch.ones(2, 14, dtype=torch.long)
+    ids, mask = ids.to(DEVICE), mask.to(DEVICE)
     calls = []
     monkeypatch.setattr(layer_mla, "decodes_on_kernels", lambda query, latent, mask: True)
     monkeypatch.setattr(layer_mla, "latent_decode", lambda *args: calls.append(1) or latent_decode(*args))

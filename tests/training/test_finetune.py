@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from hf_moe.cli import app
 from hf_moe.demo import DEMO_MODEL
+from hf_moe.hub.card import is_ours
 from hf_moe.training import FinetuneArguments, finetune
 from hf_moe.training import run as run_module
 from hf_moe.training.adapters import apply_lora
@@ -49,6 +50,18 @@ def plain(output: str) -> str:
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_adapter_is_merged_where_processes_share_the_model_out(tmp_path, monkeypatch):
+    """Refused before the model is loaded, not after the training."""
+    monkeypatch.setattr(run_module, "is_sharded", lambda accelerator: True)
+    monkeypatch.setattr(run_module, "load_model", lambda args: pytest.fail("the model was loaded"))
+    args = FinetuneArguments(
+        model_name_or_path=str(DEMO_MODEL), dataset_name=write_data(tmp_path), output_dir=str(tmp_path / "out"),
+        use_peft=True, merge_adapter=True, use_cpu=True,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="hf-moe merge"):
+        finetune(args)
 
 
 def test_hyphens_underscores_and_files_of_options(tmp_path):
@@ -154,7 +167,11 @@ def test_the_command_writes_adapter_merged_model_card_and_curve(tmp_path):
     assert (adapted - original).abs().max() > 0.05
     assert (adapted - merged).abs().max() < 1e-4
     assert (out / "tokenizer.json").is_file() and (out / "merged" / "tokenizer.json").is_file()
-    assert "library_name: transformers" in (out / "merged" / "README.md").read_text()
+    merged_card = (out / "merged" / "README.md").read_text()
+    assert "library_name: transformers" in merged_card and "use_mtp=True" in merged_card
+    for text, base in ((card, "AutoPeftModelForCausalLM"), (merged_card, "AutoModelForCausalLM")):
+        assert base in text and "## Licence" in text and "517,632" in text and "| LoRA | r 4" in text
+        assert not is_ours(text)  # what a push leaves as it is
     assert not list(out.rglob("*.tmp"))
     again = CliRunner().invoke(app, ["finetune", *required(tmp_path, data), *words.split()])
     assert again.exit_code == 2 and "holds a run" in plain(again.output)
