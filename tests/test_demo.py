@@ -50,7 +50,7 @@ def test_checkpoint_stores_bfloat16_and_keeps_the_router_bias_in_float32():
         with safe_open(path, "pt") as file:
             dtypes |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     biases = {name for name in dtypes if name.endswith("e_score_correction_bias")}
-    assert len(biases) == 4  # three layers of the main stack and the MTP layer
+    assert len(biases) == 8  # seven layers of the main stack and the MTP layer
     assert {dtypes[name] for name in biases} == {"F32"}
     assert {dtype for name, dtype in dtypes.items() if name not in biases} == {"BF16"}
 
