@@ -51,10 +51,12 @@ def dequantize_block_fp8(
             f"of {rows} x {cols}: expected {grid}"
         )
     output, exact = decode_fp8(weight, scratch)
-    scales = weight_scale_inv.float().unsqueeze(-1).expand(*grid, cols).flatten(-2)[..., : weight.shape[-1]]
+    scales = weight_scale_inv.float()
     if not exact:
         # A power of two that the decoding left out. A second product where the first could overflow.
-        output, scales = (output, scales * _HALF_BIAS) if scales.amax() < 2.0**119 else (output * _HALF_BIAS, scales)
+        fits = scales.amax().item() < 2.0**119
+        output, scales = (output, scales * _HALF_BIAS) if fits else (output * _HALF_BIAS, scales)
+    scales = scales.unsqueeze(-1).expand(*grid, cols).flatten(-2)[..., : weight.shape[-1]]  # (..., grid rows, I)
     height = weight.shape[-2] // parts
     whole = height // rows * rows
     for part, part_scales in zip(output.chunk(parts, dim=-2), scales.chunk(parts, dim=-2)):
@@ -80,7 +82,7 @@ def decode_fp8(weight: torch.Tensor, scratch: torch.Tensor | None = None) -> tup
     if weight.device.type != "cpu" or weight.dtype != FP8 or weight.numel() == 0 or torch.compiler.is_compiling():
         return weight.float(), True
     codes = weight.contiguous().view(torch.int8)
-    if codes.amax() == 127 or codes.view(torch.uint8).amax() == 255:  # NaN has another place in float16
+    if codes.amax().item() == 127 or codes.view(torch.uint8).amax().item() == 255:  # NaN has another place in float16
         return weight.float(), True
     if scratch is None:
         output, bits = torch.empty(codes.shape, dtype=torch.float32), codes.to(torch.int16)
