@@ -28,7 +28,7 @@ from .arguments import FinetuneArguments
 from .callbacks import Callback
 from .checkpoints import find_checkpoint, load_checkpoint, rotate, save_checkpoint
 from .data import IGNORE_INDEX, Collator, RowOrder, TokenRows
-from .optimizers import build_optimizer
+from .optimizers import MUON, build_optimizer
 from .replay import enable_gradient_checkpointing
 
 LOG_FILE = "training_log.jsonl"
@@ -407,8 +407,14 @@ def make_accelerator(args: FinetuneArguments) -> Accelerator:
 
 
 def fill_deepspeed_config(accelerator: Accelerator, args: FinetuneArguments) -> None:
-    """What DeepSpeed's configuration leaves open, and Accelerate would read off a data loader of its own."""
+    """What DeepSpeed's configuration leaves open, and Accelerate would read off a data loader of its own.
+
+    Raises:
+        ValueError: for an optimiser that needs whole matrices.
+    """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if args.optim in MUON:
+            raise ValueError(f"--optim {args.optim} needs whole matrices, which DeepSpeed cuts: use FSDP2 or AdamW")
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
         if config.get("gradient_clipping", "auto") == "auto":

@@ -1,5 +1,7 @@
 """Block FP8: definitions against loops, kernels (in Triton's interpreter without a GPU) against the definitions."""
 
+import threading
+
 import pytest
 import torch
 from testing import GOLDENS, assert_close, assert_golden, can_run_kernels, load_golden
@@ -126,6 +128,20 @@ def test_linear_in_bfloat16_rounds_weights_once():
     assert output.dtype == torch.bfloat16
     wide = op_quant.dequantize_block_fp8(weight, scale).bfloat16().double()
     assert_close("output", output, rows.double() @ wide.T, "bfloat16")
+
+
+def test_memory_of_pieces_serves_in_and_out_of_inference_mode(monkeypatch):
+    monkeypatch.setattr(op_fp8, "_PIECE", 128 * 256)
+    monkeypatch.setattr(op_fp8, "_memory", threading.local())
+    weight, scale = (tensor.cpu() for tensor in fp8_weight(600, 300))
+    wide = op_quant.dequantize_block_fp8(weight, scale)
+    for mode, dtype in ((True, torch.float32), (False, torch.bfloat16), (False, torch.float64)):
+        rows = random(9, 300).cpu().to(dtype)
+        with torch.inference_mode(mode):
+            output = fp8_linear(rows, weight, scale, Fp8Format())
+        fmt = "bfloat16" if dtype == torch.bfloat16 else "float32"
+        assert_close("output", output, rows.double() @ wide.double().T, fmt)
+        assert torch.equal(op_fp8.dequantize(weight, scale, Fp8Format(), torch.bfloat16), wide.bfloat16())
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------

@@ -54,3 +54,15 @@ def test_packed_int4(shape):
 def test_packed_int4_refuses_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"\(3, 5\)"):
         dequantize_packed_int4(torch.zeros(3, 5, dtype=torch.int32), torch.ones(3, 1), (3, 32))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_decoding_into_memory_gives_the_same(parts):
+    weight = torch.randn(2 * 200, 300).to(torch.float8_e4m3fn)
+    scales = torch.rand(parts * -(-400 // parts // 128), 3)
+    plain = dequantize_block_fp8(weight, scales, parts=parts)
+    assert plain.untyped_storage().nbytes() == plain.nbytes, "what is kept must not hold more than itself"
+    scratch = torch.full((2 * weight.numel(),), float("nan"))
+    for _ in range(2):
+        decoded = dequantize_block_fp8(weight, scales, parts=parts, scratch=scratch)
+        assert decoded.data_ptr() == scratch.data_ptr() and torch.equal(decoded, plain)

@@ -1,15 +1,18 @@
 """The files for `accelerate launch`, read by Accelerate's own launcher, against models of every family."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from tiny import tiny_model
 from tiny_step3 import text_model
 
 from hf_moe.models.layer_experts import Experts
+from hf_moe.training.trainer import fill_deepspeed_config
 
 FOLDER = Path(__file__).parents[2] / "examples" / "accelerate"
 MODELS = {
@@ -55,3 +58,10 @@ def test_deepspeed_names_what_is_there(family):
     assert args.use_deepspeed and int(args.zero_stage) == 3 and args.mixed_precision == "bf16"
     assert args.deepspeed_moe_layer_cls_names == "Experts"
     assert any(type(module) is Experts for module in MODELS[family]().modules())
+
+
+@pytest.mark.parametrize("optim", ["muon", "muonclip"])
+def test_muon_is_refused_under_deepspeed_before_it_trains(optim):
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match=f"--optim {optim} needs whole matrices"):
+        fill_deepspeed_config(accelerator, SimpleNamespace(optim=optim))

@@ -1,0 +1,147 @@
+"""Everything around the kernels as on a GPU: devices, launches, waiting, capture. On a CPU that says it is one."""
+
+import pytest
+import torch
+from expert_cases import Shape, make_case, run_with_gradients
+from testing import assert_close, can_run_kernels
+from tiny import left_padded, random_ids, tiny_model
+
+from hf_moe.models.layer_experts import Experts
+from hf_moe.models.op_experts import experts, experts_torch
+from hf_moe.models.op_fp8 import Fp8Format, fp8_linear
+from hf_moe.models.op_mla import latent_decode
+from hf_moe.models.op_quant import quantize_block_fp8
+from hf_moe.models.op_routing import route
+from hf_moe.models.triton_compat import INTERPRETING
+
+pytestmark = pytest.mark.skipif(not (INTERPRETING and can_run_kernels()), reason="needs Triton's interpreter")
+
+
+@pytest.fixture
+def cuda():
+    from pretend_cuda import pretend_cuda
+
+    with pretend_cuda() as pretence:
+        yield pretence
+
+
+def test_the_pretence_finds_what_a_gpu_would(cuda):
+    here, there = torch.randn(3), torch.randn(3, device="cuda")
+    assert there.is_cuda and there.device == torch.device("cuda", 0) == (there * 2).device and not here.is_cuda
+    with pytest.raises(RuntimeError, match="same device"):
+        here + there
+    assert not there.cpu().is_cuda and cuda.waits
+    torch.cuda.set_sync_debug_mode("error")
+    with pytest.raises(RuntimeError, match="waits"):
+        there.sum().item()
+    with pytest.raises(RuntimeError, match="waits"):
+        there[there > 0]
+
+
+@pytest.mark.parametrize("quantize", [False, True, None])
+@pytest.mark.parametrize("weights", ["plain", "fp8"])
+def test_experts_on_the_second_gpu(cuda, weights, quantize):
+    """With the first one current, as in a model that is spread over both."""
+    if quantize and weights == "plain":
+        pytest.skip("FP8 weights only")
+    case = make_case(Shape(9, 4, 2, "skipped"), 136, 72, torch.float32, weights, 3, 0.3).to("cuda:1")
+    seed = torch.ones(9, 136, device="cuda:1")
+    leaves = case.hidden_states.requires_grad_(), case.topk_weights.requires_grad_(), case.lora.down_a.requires_grad_()
+    torch.cuda.set_sync_debug_mode("error")
+    output = experts(*case.arguments(), quantize=quantize)
+    output.backward(seed)
+    assert output.device == torch.device("cuda", 1) and all(leaf.grad.device == output.device for leaf in leaves)
+    assert {"gate_up_kernel", "inner_grad_kernel", "outer_kernel"} <= set(cuda.launches)
+
+
+def test_routing_on_the_second_gpu(cuda):
+    logits, bias = torch.randn(5, 16, device="cuda:1", requires_grad=True), torch.zeros(16, device="cuda:1")
+    seed = torch.ones(5, 2, device="cuda:1")
+    torch.cuda.set_sync_debug_mode("error")
+    weights, indices = route(logits, bias, top_k=2, num_group=4, topk_group=2)
+    weights.backward(seed)
+    assert cuda.launches == ["topk_kernel"] and logits.grad.device == indices.device == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_fp8_linear_on_the_second_gpu(cuda, quantize):
+    weight, scale = (tensor.to("cuda:1") for tensor in quantize_block_fp8(torch.randn(72, 136)))
+    rows, bias = torch.randn(2, 3, 136, device="cuda:1", requires_grad=True), torch.randn(72, device="cuda:1")
+    seed = torch.ones(2, 3, 72, device="cuda:1")
+    torch.cuda.set_sync_debug_mode("error")
+    fp8_linear(rows, weight, scale, Fp8Format(), bias, quantize=quantize).backward(seed)
+    assert rows.grad.device == torch.device("cuda", 1) and cuda.launches.count("linear_kernel") == 2
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "left padded"])
+@torch.no_grad()
+def test_steps_of_a_whole_model_wait_for_nothing(cuda, padded):
+    """A decode step with MLA and experts on kernels. Transformers looks once at a mask, whether it hides anything."""
+    model = tiny_model(mla_mode="absorbed", attn_implementation="sdpa").to("cuda", torch.bfloat16)
+    ids, mask = left_padded([random_ids(1, 9)[0], random_ids(1, 12)[0]])
+    ids, mask = ids.to("cuda"), mask.to("cuda")
+    masks = (mask[:, :11], mask) if padded else (None, None)
+    outputs = model(ids[:, :11], attention_mask=masks[0], use_cache=True)
+    cuda.launches.clear(), cuda.waits.clear()
+    step = model(ids[:, 11:], attention_mask=masks[1], past_key_values=outputs.past_key_values)
+    assert step.logits.is_cuda and {"topk_kernel", "rows_kernel", "mla_decode_kernel"} <= set(cuda.launches)
+    assert len(cuda.waits) <= padded, cuda.waits
+
+
+@torch.no_grad()
+def test_attention_on_the_second_gpu(cuda):
+    query, query_rope = torch.randn(1, 2, 3, 24, device="cuda:1"), torch.randn(1, 2, 3, 4, device="cuda:1")
+    latent, key_rope = torch.randn(1, 1, 200, 24, device="cuda:1"), torch.randn(1, 1, 200, 4, device="cuda:1")
+    mask = torch.ones(1, 1, 2, 200, dtype=torch.bool, device="cuda:1").tril(198)
+    torch.cuda.set_sync_debug_mode("error")
+    assert latent_decode(query, query_rope, latent, key_rope, mask, 0.2).device == torch.device("cuda", 1)
+
+
+def small_experts() -> Experts:
+    module = Experts(tiny_model().config)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.2)
+    return module
+
+
+def test_capture_into_a_graph(cuda):
+    module = small_experts().to("cuda")
+    tokens = torch.randn(4, module.hidden_dim, device="cuda")
+    ids, weights = torch.zeros(4, 3, dtype=torch.long, device="cuda"), torch.ones(4, 3, device="cuda")
+    with torch.no_grad(), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        module(tokens, ids, weights)
+    assert "gate_up_kernel" in cuda.launches
+
+
+def test_autocast_multiplies_float32_weights_as_it_does_those_of_linear_layers(cuda):
+    """Their gradients stay in float32."""
+    module = small_experts().to("cuda")
+    tokens = torch.randn(5, module.hidden_dim, device="cuda")
+    ids, weights = torch.tensor([[0, 1, 2]] * 5).to("cuda"), torch.rand(5, 3, device="cuda")
+    expected = module(tokens, ids, weights)
+    with torch.autocast("cuda", torch.bfloat16):
+        output = module(tokens, ids, weights)
+    assert output.dtype == torch.bfloat16
+    assert_close("output", output.cpu(), expected.cpu(), "bfloat16")
+    output.float().sum().backward()
+    assert module.down_proj.grad.dtype == torch.float32 and module.down_proj.grad.is_cuda
+
+
+def test_quantised_rows_of_bfloat16_tokens():
+    """What is quantised must not be rounded to bfloat16 before: that alone would cost 1 %."""
+    case = make_case(Shape(20, 2, 2), 264, 136, torch.bfloat16, "fp8")
+    with torch.no_grad():
+        output = experts(*case.arguments(), quantize=True, impl="triton")
+        assert_close("output", output, experts_torch(*case.arguments(), quantize=True), "bfloat16_experts")
+
+
+def test_gradients_are_those_without_the_pretence():
+    case = make_case(Shape(9, 4, 2), 40, 24, torch.float32)
+    expected = run_with_gradients(lambda *args: experts(*args, impl="triton"), case)
+    from pretend_cuda import pretend_cuda
+
+    with pretend_cuda():
+        actual = {name: value.cpu() for name, value in run_with_gradients(experts, case.to("cuda")).items()}
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
