@@ -21,8 +21,8 @@ from hf_moe.cli import app
 from hf_moe.demo import DEMO_MODEL, cache_bytes, run_demo
 
 HELD_OUT_FILE = "signal.py"  # short, and the same in Python 3.11 and 3.12
-# What the shipped weights reach there, with a margin for other processors: 1.793 bits per byte, and 0.498.
-BITS_PER_BYTE, AGREEMENT = 1.82, 0.46
+# What the shipped weights reach there, with a margin for other processors: 1.758 bits per byte, and 0.562.
+BITS_PER_BYTE, AGREEMENT = 1.79, 0.52
 
 
 @pytest.fixture(scope="module")

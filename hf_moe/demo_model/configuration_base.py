@@ -58,6 +58,10 @@ class UpstreamConfig(PreTrainedConfig):
     derived_keys = ("head_dim", "qk_head_dim")
     # Fields that upstream does not have, with their defaults: written only where they differ, or were in the file.
     own_defaults = {"mla_mode": "auto", "mtp_loss_weight": 0.3}
+    # Patterns of whole tensor names in the family's files: weights that FP8 releases hold in FP8, and tensors that all
+    # releases hold in float32, which routing is decided from. The others have the dtype of the checkpoint.
+    fp8_weights = ()
+    float32_tensors = ()
 
     def __post_init__(self, **kwargs):
         if not self._is_our_code(kwargs.get("auto_map")):

@@ -40,6 +40,14 @@ class DeepseekV3Config(UpstreamConfig):
         "AutoModelForTokenClassification": "modeling_deepseek_v3.DeepseekV3ForTokenClassification",
     }
 
+    # DeepSeek-V2 was never released in FP8; its tensors have the names of V3's.
+    fp8_weights = (
+        r"model\.layers\.\d+\.self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)\.weight",
+        r"model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.weight",
+        r"model\.layers\.\d+\.mlp\.(experts\.\d+|shared_experts)\.(gate|up|down)_proj\.weight",
+    )
+    float32_tensors = (r"model\.layers\.\d+\.mlp\.gate\.e_score_correction_bias",)
+
     base_model_tp_plan = {
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
         "layers.*.mlp.experts.down_proj": "rowwise",

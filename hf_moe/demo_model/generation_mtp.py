@@ -31,7 +31,7 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
-from .generation_rows import RowCache, SingleLayerCache, check_cache, pick
+from .generation_rows import RowCache, SingleLayerCache, check_cache, columns_from, cut, pick, write
 from .generation_sampling import AllowedTokens, Processing, accept_greedy, accept_sampled
 from .generation_schedule import (
     DEFAULT_CONFIDENCE,
@@ -193,6 +193,9 @@ class MTPDecoding:
     ):
         self.model, self.settings, self.config = model, settings, generation_config
         self.device = input_ids.device
+        # Where the model takes its inputs: prompts may be on the CPU. An offloaded model moves them itself.
+        entry = model.get_input_embeddings().weight.device
+        self.entry = None if entry.type == "meta" else entry
         self.layers = [layer for _, layer in model.model.mtp_layers()]
         self.processing = Processing(logits_processor, input_ids.shape[0])
         self.do_sample = bool(generation_config.do_sample)
@@ -259,12 +262,13 @@ class MTPDecoding:
         if position_ids is None:
             position_ids = torch.arange(past, prompt, device=self.device).unsqueeze(0)
         self.prompt_positions = position_ids[:, -new:].expand(batch, -1)
-        # Positions go on from the last one: slot + shift.
-        self.shift = self.prompt_positions[:, -1:] - (prompt - 1)  # (B, 1)
         self.mask = mask if mask is not None and mask.shape[1] == prompt and not bool(mask.all()) else None
         room = max(1, self.max_length - given) if self.max_length else 256
         self.tokens = input_ids.new_zeros((batch, prompt + room + self.settings.num_assistant_tokens + 1))
         self.tokens[:, self.first : prompt] = input_ids
+        # Position of every slot, which go on from the last one of the prompt.
+        shift = self.prompt_positions[:, -1:] - (prompt - 1)  # (B, 1)
+        self.positions = torch.arange(self.tokens.shape[1], device=self.device).unsqueeze(0) + shift
         self.prompt_ids = input_ids
         self.lengths = [prompt] * batch  # known tokens of each row
         self.rows = list(range(batch))
@@ -303,9 +307,8 @@ class MTPDecoding:
         return outputs.last_hidden_state
 
     def _place(self, value: torch.Tensor | None) -> torch.Tensor | None:
-        """Moves an input to where the model takes it: prompts may be on the CPU. Offloaded models do it themselves."""
-        device = self.model.get_input_embeddings().weight.device
-        return value if value is None or device.type == "meta" else value.to(device)
+        """Moves an input to where the model takes it."""
+        return value if value is None or self.entry is None else value.to(self.entry)
 
     # --- drafting ---------------------------------------------------------------------------------------------------
 
@@ -317,13 +320,15 @@ class MTPDecoding:
     def _join_pending(self) -> torch.Tensor:
         """The pending states as one tensor (B, W, hidden), each row's from the left."""
         parts = [part for part, _ in self.pending]
-        states = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        width = max(self.pending_lengths)
+        if len(parts) == 1:
+            return parts[0].narrow(1, 0, width)
+        states = torch.cat(parts, dim=1)
         columns, start = [[] for _ in self.pending_lengths], 0
         for part, counts in self.pending:
             for row, count in zip(columns, counts):
                 row.extend(range(start, start + count))
             start += part.shape[1]
-        width = max(self.pending_lengths)
         if all(row[-1:] == [len(row) - 1] for row in columns if row):  # nothing before a row's last is left out
             states = states[:, :width]
         else:
@@ -338,56 +343,52 @@ class MTPDecoding:
         Returns the last depth's state (B, 1, hidden) at the last slot, and which of the window's slots are real, as
         `RowCache.mask` takes it.
         """
-        pending = self._join_pending()
-        width = pending.shape[1]
+        states = self._join_pending()
+        width, device = states.shape[1], states.device
         starts = [length + self.mtp_offset for length in self.mtp_caches[0].lengths]
-        device = pending.device
-        columns = torch.arange(width, device=device)
-        slots = torch.tensor(starts, device=device).unsqueeze(1) + columns  # (B, W)
         even = all(length == width for length in self.pending_lengths)
         new: torch.Tensor | int = width
         if not even or self.mask is not None:
-            new = columns < torch.tensor(self.pending_lengths, device=device).unsqueeze(1)
+            new = torch.arange(width, device=device) < torch.tensor(self.pending_lengths, device=device).unsqueeze(1)
             if self.mask is not None and starts[0] < self.prompt:
-                hidden = self.mask[self._mask_rows()].to(device).gather(1, slots.clamp(max=self.prompt - 1)) == 0
-                new = new & ~(hidden & (slots < self.prompt))
-        last = torch.tensor(self.pending_lengths, device=device).unsqueeze(1) - 1  # (B, 1)
-        positions = slots + self.shift.to(device)
-        states, drafts_at = pending, torch.tensor(self.lengths, device=device).unsqueeze(1)
+                hidden = cut(self.mask[self._mask_rows()].to(device), starts, width) == 0
+                new = new & ~(hidden & (columns_from(starts, width, device) < self.prompt))
+        positions = cut(self.positions, starts, width).to(device)
         final = None
         for depth, (layer, cache) in enumerate(zip(self.layers, self.mtp_caches)):
             states = self.model.model.mtp_forward(
                 layer,
                 states,
-                self._embed(layer, slots + depth + 1),
+                self._embed(layer, [start + depth + 1 for start in starts], width),
                 cache.mask(new, device),
                 positions,
                 past_key_values=cache.cache,
             ).to(device)
-            final = states[:, -1:] if even else pick(states, last)
+            final = cut(states, [length - 1 for length in self.pending_lengths], 1)
             if depth < heads:
-                self._draft_token(layer, final, depth, drafts_at)
+                self._draft_token(layer, final, depth, last=depth + 1 == heads)
         return final, new
 
     def _mask_rows(self) -> torch.Tensor:
         return torch.tensor(self.rows, device=self.mask.device)
 
-    def _embed(self, layer: nn.Module, slots: torch.Tensor) -> torch.Tensor:
-        """What an MTP layer takes for the tokens at these slots (B, n)."""
-        slots = slots.to(self.device).clamp(max=self.tokens.shape[1] - 1)
-        embeds = self.model.mtp_embed(layer, self._place(self.tokens.gather(1, slots)))
+    def _embed(self, layer: nn.Module, starts: list[int], count: int) -> torch.Tensor:
+        """What an MTP layer takes for the tokens at `count` slots of each row, from `starts[b]` on."""
+        embeds = self.model.mtp_embed(layer, self._place(cut(self.tokens, starts, count)))
         if self.prompt_embeds is not None and self.mtp_caches[0].length + self.mtp_offset < self.prompt:
-            rows = torch.tensor(self.rows, device=slots.device)
-            prompt = pick(self.prompt_embeds[rows], slots.clamp(max=self.prompt - 1)).to(embeds)
-            embeds = torch.where((slots < self.prompt).unsqueeze(-1).to(embeds.device), prompt, embeds)
+            rows = torch.tensor(self.rows, device=self.prompt_embeds.device)
+            prompt = cut(self.prompt_embeds[rows], starts, count).to(embeds)
+            is_prompt = columns_from(starts, count, embeds.device) < self.prompt
+            embeds = torch.where(is_prompt.unsqueeze(-1), prompt, embeds)
         return embeds
 
-    def _draft_token(self, layer: nn.Module, state: torch.Tensor, index: int, drafts_at: torch.Tensor) -> None:
-        """Drafts token `index` of the step from a state (B, 1, hidden)."""
+    def _draft_token(self, layer: nn.Module, state: torch.Tensor, index: int, last: bool) -> None:
+        """Drafts token `index` of the step, possibly its last one, from a state (B, 1, hidden)."""
         logits = self.model.mtp_head(layer)(state).to(device=self.device, dtype=torch.float32)
-        lengths = [length + index for length in self.lengths] if self.processing.processors else []
+        lengths = [length + index for length in self.lengths]
         scores = self.processing(logits, self.tokens, self.first, lengths, self.rows)
-        threshold = self.settings.confidence_threshold
+        # The chance of the last one decides nothing.
+        threshold = 0.0 if last else self.settings.confidence_threshold
         if self.do_sample:
             probs = scores.softmax(-1)
             token = torch.multinomial(probs[:, 0], 1)
@@ -400,16 +401,18 @@ class MTPDecoding:
         if chance is not None:
             self.chances.append(chance * self.chances[-1] if self.chances else chance)
         self.drafts.append(token)
-        self.tokens.scatter_(1, drafts_at.to(self.device) + index, token)
+        write(self.tokens, lengths, token)
 
     def _draft(self, count: int) -> int:
         """Drafts up to `count` tokens for every row; returns how many."""
         depths = len(self.layers)
         state, new = self._window(heads=count)
         layer, cache = self.layers[-1], self.mtp_caches[-1]
-        ends = torch.tensor(self.lengths, device=state.device).unsqueeze(1)
+        threshold = self.settings.confidence_threshold
+        # On an accelerator reading a chance waits for the device: there it is done once per step.
+        at_once = self.device.type == "cpu"
         for index in range(depths, count):
-            if self.device.type == "cpu" and self._sure_drafts() < index:
+            if at_once and self.chances and float(self.chances[-1].mean()) < threshold:
                 break
             # One slot behind the last state, whose token is the newest draft.
             if isinstance(new, int):
@@ -421,27 +424,27 @@ class MTPDecoding:
                 state,
                 self.model.mtp_embed(layer, self._place(self.drafts[-1])),
                 cache.mask(new, state.device),
-                ends + (index - depths - 1) + self.shift.to(state.device),
+                # The first of these drafts comes from the state at the newest token.
+                cut(self.positions, [length - 1 + index - depths for length in self.lengths], 1).to(state.device),
                 past_key_values=cache.cache,
             ).to(state.device)
-            self._draft_token(layer, state, index, ends)
-        kept = min(len(self.drafts), self._sure_drafts() + 1)
+            self._draft_token(layer, state, index, last=index + 1 == count)
+        kept = len(self.drafts) if at_once and depths == 1 else self._worth_checking()
         self.drafts, self.draft_probs = self.drafts[:kept], self.draft_probs[:kept]
         self._commit_window()
         return kept
 
-    def _sure_drafts(self) -> int:
-        """How many drafts of the step, from the first, are worth another one behind them.
+    def _worth_checking(self) -> int:
+        """How many drafts of the step, from the first, to check: those that are likely enough, and one behind them.
 
         The decision rests on the distributions of drafts, never on the tokens drawn from them, so that sampling stays
-        exact. On an accelerator it is taken once per step, since reading it waits for the device.
+        exact.
         """
-        if not self.chances:
+        chances = self.chances[: len(self.drafts) - 1]
+        if not chances:
             return len(self.drafts)
-        if len(self.rows) == len(self.chances) == 1:
-            return int(float(self.chances[0]) >= self.settings.confidence_threshold)
-        means = torch.cat(self.chances, dim=1).mean(0)  # (drafts,), falling
-        return int((means >= self.settings.confidence_threshold).sum())
+        means = torch.cat(chances, dim=1).mean(0)  # (drafts - 1,), falling
+        return 1 + int((means >= self.settings.confidence_threshold).sum())
 
     def _commit_window(self) -> None:
         """Keeps in the MTP caches what rests on known tokens, and the states of the rest."""
@@ -456,9 +459,7 @@ class MTPDecoding:
         states = self.pending[0][0]  # `_window` joined them
         self.pending, self.pending_lengths = [], left
         if width:
-            starts = torch.tensor(kept, device=states.device).unsqueeze(1)
-            columns = starts + torch.arange(width, device=states.device)
-            self.pending = [(pick(states, columns.clamp(max=states.shape[1] - 1)), left)]
+            self.pending = [(cut(states, kept, width), left)]
 
     def _catch_up(self) -> None:
         """Runs the MTP layers over pending states without drafting."""
@@ -495,7 +496,10 @@ class MTPDecoding:
         """Without a maximal length the buffer of tokens grows as needed."""
         short = max(self.lengths) + self.settings.num_assistant_tokens + 2 - self.tokens.shape[1]
         if self.max_length is None and short > 0:
-            self.tokens = nn.functional.pad(self.tokens, (0, max(short, self.tokens.shape[1])))
+            more = max(short, self.tokens.shape[1])
+            self.tokens = nn.functional.pad(self.tokens, (0, more))
+            behind = torch.arange(1, more + 1, device=self.device)
+            self.positions = torch.cat((self.positions, self.positions[:, -1:] + behind), dim=1)
 
     def _draft_limit(self) -> int:
         """Drafts that could still be used, and that the cache has room for."""
@@ -509,12 +513,11 @@ class MTPDecoding:
 
     def _check(self, drafted: int) -> torch.Tensor:
         """Runs the model over the newest token and the drafts of every row: states (B, drafted + 1, hidden)."""
-        starts = torch.tensor(self.lengths, device=self.device).unsqueeze(1) - 1
-        slots = starts + torch.arange(drafted + 1, device=self.device)
+        starts = [length - 1 for length in self.lengths]
         return self._run_model(
-            input_ids=self.tokens.gather(1, slots),
+            input_ids=cut(self.tokens, starts, drafted + 1),
             attention_mask=self.main.mask(drafted + 1, self.device),
-            position_ids=slots + self.shift,
+            position_ids=cut(self.positions, starts, drafted + 1),
         )
 
     def _take(self, logits: torch.Tensor, drafted: int, states: torch.Tensor | None = None) -> list[int]:
@@ -524,17 +527,17 @@ class MTPDecoding:
         """
         # Processors see the drafts as if they had been generated.
         scores = self.processing(logits, self.tokens, self.first, self.lengths, self.rows)
-        drafts = torch.cat(self.drafts, dim=1) if drafted else self.tokens.new_zeros((len(self.rows), 0))
+        drafts = cut(self.tokens, self.lengths, drafted)
         if self.do_sample:
             probs = torch.cat(self.draft_probs, dim=1) if drafted else scores[:, :0]
             accepted, following = accept_sampled(scores, drafts, probs)
         else:
             accepted, following = accept_greedy(scores, drafts)
-        ends = torch.tensor(self.lengths, device=self.device).unsqueeze(1)
-        self.tokens.scatter_(1, ends + accepted.unsqueeze(1), following.unsqueeze(1))
+        following = following.unsqueeze(1)
         # The one place per step that waits for the device.
-        booked = torch.cat((drafts, following.unsqueeze(1), accepted.unsqueeze(1)), dim=1).tolist()
+        booked = torch.cat((drafts, following, accepted.unsqueeze(1)), dim=1).tolist()
         counts = [row[-1] for row in booked]
+        write(self.tokens, [length + count for length, count in zip(self.lengths, counts)], following)
         news = [row[:count] + [row[-2]] for row, count in zip(booked, counts)]
         kept = self._book(news, scores, logits)
         if states is not None:
@@ -618,7 +621,7 @@ class MTPDecoding:
         for cache in (self.main, *self.mtp_caches):
             cache.select(active)
         index = torch.tensor(active, device=self.device)
-        self.tokens, self.shift = self.tokens[index], self.shift[index]
+        self.tokens, self.positions = self.tokens[index], self.positions[index]
         self.pending = [(part[index.to(part.device)], [counts[i] for i in active]) for part, counts in self.pending]
         self.pending_lengths = [self.pending_lengths[i] for i in active]
 

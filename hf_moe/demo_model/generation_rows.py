@@ -38,8 +38,32 @@ def check_cache(cache: Cache) -> None:
 
 
 def pick(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Entries (B, n, ...) of `rows` (B, T, ...) at `columns` (B, n)."""
+    """Entries (B, n, ...) of `rows` (B, T, ...) at `columns` (B or 1, n)."""
     return rows[torch.arange(rows.shape[0], device=rows.device).unsqueeze(1), columns]
+
+
+def columns_from(starts: list[int], count: int, device: torch.device) -> torch.Tensor:
+    """(B, count): in each row `starts[b]` and what follows it."""
+    return torch.tensor(starts, device=device).unsqueeze(1) + torch.arange(count, device=device)
+
+
+def cut(rows: torch.Tensor, starts: list[int], count: int) -> torch.Tensor:
+    """`count` entries of each row of `rows` (B, T, ...), from `starts[b]` on; behind its end, the last one again."""
+    if _all_equal(starts) and starts[0] + count <= rows.shape[1]:
+        return rows.narrow(1, starts[0], count)
+    return pick(rows, columns_from(starts, count, rows.device).clamp(max=rows.shape[1] - 1))
+
+
+def write(rows: torch.Tensor, starts: list[int], entries: torch.Tensor) -> None:
+    """Puts `entries` (B, n) into `rows` (B, T), in each row from `starts[b]` on."""
+    if _all_equal(starts):
+        rows.narrow(1, starts[0], entries.shape[1]).copy_(entries)
+    else:
+        rows.scatter_(1, columns_from(starts, entries.shape[1], rows.device), entries)
+
+
+def _all_equal(values: list[int]) -> bool:
+    return values.count(values[0]) == len(values)
 
 
 class RowCache:
@@ -55,6 +79,8 @@ class RowCache:
     def __init__(self, cache: Cache, lengths: list[int], mask: torch.Tensor | None, keep: bool = False):
         self.cache = cache
         self.lengths = lengths
+        # The same on devices: (B, 1).
+        self._ends: dict[torch.device, torch.Tensor] = {}
         self.prompt_mask = mask
         self.rows = list(range(len(lengths)))
         self.keep = keep
@@ -75,17 +101,23 @@ class RowCache:
         `new` is (B, n) of booleans, or n where all are real. `None` where nothing is hidden.
         """
         length, count = self.length, new if isinstance(new, int) else new.shape[1]
-        even = all(entry == length for entry in self.lengths)
-        if even and self.prompt_mask is None and isinstance(new, int):
+        if self.prompt_mask is None and isinstance(new, int) and _all_equal(self.lengths):
             return None
-        slots = torch.arange(length + count, device=device).unsqueeze(0)
-        ends = torch.tensor(self.lengths, device=device).unsqueeze(1)
-        mask = slots < ends
+        mask = torch.arange(length + count, device=device).unsqueeze(0) < self._ends_on(device)
         if self.prompt_mask is not None:
             known = min(self.prompt_mask.shape[1], length)
             mask[:, :known] &= self.prompt_mask[:, :known].to(device=device, dtype=torch.bool)
         mask[:, length:] = True if isinstance(new, int) else new
         return mask.long()
+
+    def _ends_on(self, device: torch.device) -> torch.Tensor:
+        # Once per step and device: the copy may wait for the device.
+        if device not in self._ends:
+            self._ends[device] = torch.tensor(self.lengths, device=device).unsqueeze(1)
+        return self._ends[device]
+
+    def _set_lengths(self, lengths: list[int]) -> None:
+        self.lengths, self._ends = lengths, {}
 
     def commit(self, counts: list[int]) -> None:
         """Keeps the first `counts[b]` of the slots just written in row b, and frees the others."""
@@ -93,7 +125,7 @@ class RowCache:
         moves = any(count and length < start for count, length in zip(counts, self.lengths))
         if moves:
             self._move(start, max(counts))
-        self.lengths = [length + count for length, count in zip(self.lengths, counts)]
+        self._set_lengths([length + count for length, count in zip(self.lengths, counts)])
         self.truncate(self.length)
 
     def _move(self, start: int, width: int) -> None:
@@ -102,10 +134,9 @@ class RowCache:
         for layer in self.layers:
             device = layer.keys.device
             if device not in indices:
-                ends = torch.tensor(self.lengths, device=device).unsqueeze(1)
                 indices[device] = (
                     torch.arange(len(self.lengths), device=device).unsqueeze(1),
-                    ends + torch.arange(width, device=device),
+                    self._ends_on(device) + torch.arange(width, device=device),
                 )
             rows, slots = indices[device]
             for states in (layer.keys, layer.values):  # (B, heads, T, d)
@@ -118,7 +149,7 @@ class RowCache:
             if isinstance(layer, StaticLayer):
                 layer.cumulative_length.fill_(length)
             elif layer.keys.shape[-2] > length:
-                layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+                layer.keys, layer.values = layer.keys.narrow(-2, 0, length), layer.values.narrow(-2, 0, length)
 
     def select(self, rows: list[int]) -> None:
         """Drops all rows but these (at least one), given as indices into the present batch."""
@@ -133,7 +164,8 @@ class RowCache:
         for layer in self.layers:
             index = torch.tensor(rows, device=layer.keys.device)
             layer.keys, layer.values = layer.keys[index], layer.values[index]
-        self.rows, self.lengths = [self.rows[row] for row in rows], [self.lengths[row] for row in rows]
+        self.rows = [self.rows[row] for row in rows]
+        self._set_lengths([self.lengths[row] for row in rows])
         if self.prompt_mask is not None:
             self.prompt_mask = self.prompt_mask[torch.tensor(rows, device=self.prompt_mask.device)]
         self.truncate(self.length)

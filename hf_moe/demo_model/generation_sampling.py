@@ -144,7 +144,7 @@ def accept_greedy(scores: torch.Tensor, drafts: torch.Tensor) -> tuple[torch.Ten
     Returns the number of accepted drafts (B,), and the token that follows them (B,).
     """
     picks = scores.argmax(-1)  # (B, k + 1)
-    accepted = (picks[:, :-1] == drafts).long().cumprod(1).sum(1)
+    accepted = (picks[:, :-1] == drafts).cumprod(1).sum(1)
     return accepted, picks.gather(1, accepted.unsqueeze(1)).squeeze(1)
 
 

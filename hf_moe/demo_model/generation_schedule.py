@@ -20,12 +20,14 @@ _PRIOR_DECLINE = 0.9
 # Observations fade, since text changes.
 _FADING = 0.98
 # Steps between two attempts while drafting does not pay; doubled after each failure.
-_FIRST_PAUSE, _LONGEST_PAUSE = 16, 512
+_FIRST_PAUSE, _LONGEST_PAUSE = 8, 512
 # What drafting may have cost in all against plain steps, in plain steps: so much at once, and this share of all steps.
 # What it has gained counts for no more than `_MAX_CREDIT`, so that a good start does not pay for what follows.
-_LOSS_AT_ONCE, _LOSS_SHARE, _MAX_CREDIT = 1.0, 0.02, 4.0
+_LOSS_AT_ONCE, _LOSS_SHARE, _MAX_CREDIT = 0.7, 0.02, 4.0
 # Steps between two plain ones that measure what drafting is compared with. They still yield a token.
 _PLAIN_EVERY = 64
+# Drafts of a step until it is known what they cost.
+_FIRST_DRAFTS = 2
 # Times of a kind that are kept, for how many steps, and after how many they are believed: new shapes are slow at first,
 # machines hiccup, and contexts grow.
 _TIMES_KEPT, _TIMES_VALID, _TIMES_TRUSTED = 12, 256, 3
@@ -135,8 +137,7 @@ class DraftSchedule:
         broke = self.balance < -(_LOSS_AT_ONCE + _LOSS_SHARE * self.steps)
         if self.pause > 0 or broke or (self.timed and self._plain_is_due()):
             return 0
-        # One draft tells what drafts cost, and is the least to lose.
-        most = self.maximum if self.known or not self.timed else 1
+        most = self.maximum if self.known or not self.timed else min(_FIRST_DRAFTS, self.maximum)
         counts = range(min(most, limit) + 1)
         best = max(counts, key=lambda count: self.expected_tokens(count) / self.expected_cost(count))
         if best == 0 and self.maximum:
@@ -182,7 +183,7 @@ class DraftSchedule:
             gain = 1 + sum(accepted) / len(accepted) - self._cost(drafted)
             self.balance = min(self.balance + gain, _MAX_CREDIT)
         if self.timed and seconds is not None:
-            if drafted in self.warm:  # the first of its kind pays for allocations
+            if drafted in self.warm or not drafted:  # the first with drafts pays for allocations
                 self.times.setdefault(drafted, deque(maxlen=_TIMES_KEPT)).append((self.steps, seconds))
                 self._update_costs()
             self.warm.add(drafted)
@@ -235,7 +236,7 @@ class DraftSchedule:
 
     def _plain_is_due(self) -> bool:
         if len(self.times.get(0, ())) < _TIMES_TRUSTED and self.steps < _PLAIN_EVERY:
-            return self.steps % 2 == 0 and self.steps > 0
+            return self.steps % 2 == 1
         return self.steps % _PLAIN_EVERY == 0
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of the experts' forward products, and the tiles they are launched with.
+"""Triton kernels of the experts' forward products.
 
 Two grouped products over the sorted rows of `kernel_routing.Layout`:
 
@@ -26,11 +26,10 @@ Shapes: T tokens, K choices per token, E experts, H hidden, I intermediate, N = 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from .kernel_routing import Layout
+from .kernel_tiles import FP8, FP8_BITS, PLAIN, SCALE_BLOCK, Tile, product_tile
 from .triton_compat import (
     INTERPRETING,
     cdiv,
@@ -40,60 +39,15 @@ from .triton_compat import (
     dot,
     e4m3_to_float,
     jit,
+    jit_for_any,
     narrow,
     next_power_of_2,
     num_processors,
     tl,
 )
 
-# How a kernel reads a weight.
-PLAIN, FP8, FP8_BITS = 0, 1, 2
 _FP8_BITS = constant(FP8_BITS)
-SCALE_BLOCK = 128
 _SCALE_BLOCK = constant(SCALE_BLOCK)
-
-
-class Tile(NamedTuple):
-    """What one program computes at a time: rows x columns of the product in steps of the inner dimension."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-    per_processor: int  # programs of a persistent launch on each multiprocessor; 0: one program per tile
-
-
-def tile_rows(num_slots: int, num_experts: int, dtype: torch.dtype) -> int:
-    """Rows of a tile, from the mean number of rows per expert."""
-    mean = num_slots / num_experts
-    if mean <= 16:
-        return 16
-    return 64 if mean <= 64 or dtype == torch.float32 else 128
-
-
-def product_tile(block_m: int, dtype: torch.dtype, weight: int, capability: tuple[int, int]) -> Tile:
-    """The shipped tile for `block_m` rows of `dtype` and a weight that is read as `weight`.
-
-    A program keeps `stages` steps of both operands in shared memory: at most 163 KiB on compute capability 8.0, 99 KiB
-    on 8.6, 8.9 and 12.0, 227 KiB on 9.0 and 10.0.
-    """
-    small_memory = capability in ((8, 6), (8, 9)) or capability[0] == 12
-    if dtype == torch.float32:
-        return Tile(16, 64, 32, 4, 3, 0) if block_m == 16 else Tile(block_m, 64, 32, 8, 3, 1)
-    if block_m == 16:
-        # A step reads 64 weight rows of 256 bytes (128 in FP8); the programs of a multiprocessor keep ~100 KiB coming.
-        return Tile(16, 64, 128, 4, 3 if small_memory else 4, 0)
-    if dtype == torch.float8_e4m3fn:
-        stages = 2 if small_memory else 3  # a step spans a block of scales
-        return Tile(64, 128, 128, 4, stages, 2) if block_m == 64 else Tile(128, 128, 128, 8, stages, 1)
-    if weight != PLAIN:
-        return Tile(64, 128, 64, 4, 3, 2) if block_m == 64 else Tile(128, 128, 64, 8, 3, 1)
-    if block_m == 64:
-        return Tile(64, 128, 64, 8 if capability[0] == 8 else 4, 3, 2)
-    if capability[0] == 8 or small_memory:
-        return Tile(128, 128, 64 if not small_memory else 32, 8, 3, 1)
-    return Tile(128, 256, 64, 8, 4, 1)
 
 
 @jit
@@ -280,16 +234,41 @@ def halves(tile, BLOCK_M: tl.constexpr, HALF: tl.constexpr):
 def finish_gate_up(
     gate,
     up,
-    columns,
+    first_column,
     place,  # row tile, tiles_ptr, offsets_ptr, order_ptr, max_tiles
-    out_ptr,
-    pre_ptr,
+    outs,  # out_ptr, pre_ptr
     I: tl.constexpr,  # noqa: E741
     SAVE_PRE: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr,
+    IN_PIECES: tl.constexpr,
 ):
-    """What `gate_up_kernel` does with two tiles of sums."""
+    """What `gate_up_kernel` does with two tiles of sums; in pieces, they wait to be stored in fewer registers."""
+    if IN_PIECES:
+        PIECE: tl.constexpr = WIDTH // 2
+        gate, gate_right = halves(gate, BLOCK_M, PIECE)
+        up, up_right = halves(up, BLOCK_M, PIECE)
+        store_gate_up(gate, up, first_column, place, outs, I, SAVE_PRE, BLOCK_M, PIECE)
+        store_gate_up(gate_right, up_right, first_column + PIECE, place, outs, I, SAVE_PRE, BLOCK_M, PIECE)
+    else:
+        store_gate_up(gate, up, first_column, place, outs, I, SAVE_PRE, BLOCK_M, WIDTH)
+
+
+@jit
+def store_gate_up(
+    gate,
+    up,
+    first_column,
+    place,
+    outs,
+    I: tl.constexpr,  # noqa: E741
+    SAVE_PRE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     m, tiles_ptr, offsets_ptr, order_ptr, max_tiles = place
+    out_ptr, pre_ptr = outs
+    columns = first_column + tl.arange(0, WIDTH)
     # Read again: kept in registers across the product they would crowd out sums.
     _, rows, _, valid = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
     mask = valid[:, None] & (columns[None, :] < I)
@@ -301,7 +280,7 @@ def finish_gate_up(
     tl.store(out_ptr + rows[:, None] * I + columns[None, :], narrow(out, out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit_for_any("max_tiles")
 def gate_up_kernel(
     x_ptr,  # (T, H)
     x_scale_ptr,  # (T, ceil(H / 128)) float32 for FP8 rows, or unused
@@ -396,7 +375,8 @@ def gate_up_kernel(
                 acc = lora_sum(acc, low_ptr, factor_ptrs, rows, R, BLOCK_R, 1)
             gate, up = halves(acc, BLOCK_M, HALF)
         place = (m, tiles_ptr, offsets_ptr, order_ptr, max_tiles)
-        finish_gate_up(gate, up, n * HALF + tl.arange(0, HALF), place, out_ptr, pre_ptr, I, SAVE_PRE, BLOCK_M)
+        outs = (out_ptr, pre_ptr)
+        finish_gate_up(gate, up, n * HALF, place, outs, I, SAVE_PRE, BLOCK_M, HALF, PAIR)
 
 
 @jit
@@ -432,7 +412,7 @@ def finish_rows(
     tl.store(out_ptr + out_rows[:, None] * OUT + columns[None, :], narrow(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit_for_any("max_tiles")
 def rows_kernel(
     x_ptr,  # (T, IN) rows of tokens if GATHER, else (N, IN) sorted rows
     x_scale_ptr,  # (rows of x, ceil(IN / 128)) float32 for FP8 rows, or unused
@@ -580,12 +560,12 @@ def gate_up(
     top_k: int,
     *,
     out_dtype: torch.dtype,
+    pre_dtype: torch.dtype | None = None,
     x_scale: torch.Tensor | None = None,
-    save_pre: bool = False,
     low: torch.Tensor | None = None,
     lora_b: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Sorted rows (N, I) of silu(gate) * up, and (N, 2I) of gate and up if `save_pre`."""
+    """Sorted rows (N, I) of silu(gate) * up, and (N, 2I) of gate and up if `pre_dtype` is given."""
     (tokens, hidden), inter, device = hidden_states.shape, weight.shape[1] // 2, hidden_states.device
     kind = weight_kind(weight)
     capability = compute_capability(device)
@@ -593,7 +573,7 @@ def gate_up(
     if x_scale is not None and tile.block_m == 128 and capability[0] == 9 and hidden_states.numel() < 1 << 31:
         tile = tile._replace(block_n=2 * SCALE_BLOCK)  # see `product_pair`
     out = torch.empty(tokens * top_k, inter, dtype=out_dtype, device=device)
-    pre = torch.empty(tokens * top_k, 2 * inter, dtype=out_dtype, device=device) if save_pre else None
+    pre = None if pre_dtype is None else torch.empty(tokens * top_k, 2 * inter, dtype=pre_dtype, device=device)
     grid, options = launch_options(tile, layout, 2 * inter, device)
     gate_up_kernel[grid](
         as_bytes(hidden_states, kind),
@@ -610,7 +590,7 @@ def gate_up(
         H=hidden,
         I=inter,
         X_FP8=x_scale is not None,
-        SAVE_PRE=save_pre,
+        SAVE_PRE=pre is not None,
         **weight_options(weight, scale),
         **lora_options(0 if low is None else low.shape[1]),
         **options,

@@ -25,14 +25,14 @@ from .kernel_experts import (
     lora_options,
     lora_sum,
     product,
-    product_tile,
     tile_of,
     tile_slots,
     weight_kind,
     weight_options,
 )
 from .kernel_routing import Layout
-from .triton_compat import cdiv, compute_capability, dot, jit, narrow, next_power_of_2, tl
+from .kernel_tiles import product_tile
+from .triton_compat import cdiv, compute_capability, dot, jit, jit_for_any, narrow, next_power_of_2, tl
 
 
 @jit
@@ -69,7 +69,7 @@ def swiglu_grad(
     return share
 
 
-@jit
+@jit_for_any("max_tiles")
 def inner_grad_kernel(
     grad_ptr,  # (T, H)
     weight_ptr,  # (E, H, I)

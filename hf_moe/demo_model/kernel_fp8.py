@@ -12,19 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from .kernel_experts import (
-    FP8_BITS,
-    SCALE_BLOCK,
-    Tile,
-    as_bytes,
-    load_scale,
-    product,
-    product_tile,
-    tile_of,
-    weight_kind,
-    weight_options,
-    widen,
-)
+from .kernel_experts import as_bytes, load_scale, product, tile_of, weight_kind, weight_options, widen
+from .kernel_tiles import FP8_BITS, SCALE_BLOCK, Tile, product_tile
 from .triton_compat import (
     INTERPRETING,
     cdiv,
@@ -32,6 +21,7 @@ from .triton_compat import (
     constant,
     converts_fp8,
     jit,
+    jit_for_any,
     narrow,
     num_processors,
     on_its_device,
@@ -143,7 +133,7 @@ def dequantize_kernel(
     tl.store(out_ptr + place, narrow(value * scale, out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit_for_any("num_rows")
 def linear_kernel(
     x_ptr,  # (M, DEPTH)
     x_scale_ptr,  # (M, ceil(DEPTH / 128)) float32 for FP8 rows, or unused
@@ -213,7 +203,7 @@ def linear_kernel(
         tl.store(out_ptr + place, narrow(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit_for_any("elements")
 def split_sum_kernel(
     parts_ptr,  # (SPLITS, elements) float32
     bias_ptr,  # (width,), or unused
@@ -276,7 +266,8 @@ def quantize_block_fp8(weight: torch.Tensor, ue8m0: bool = False) -> tuple[torch
     bits = _stores_bits(weight.device)
     out, target = _fp8_like(weight, bits)
     scale = torch.empty(grid, dtype=torch.float32, device=weight.device)
-    quantize_blocks_kernel[grid](weight, target, scale, height, width, grid[1], UE8M0=ue8m0, BITS=bits, num_warps=8)
+    if weight.numel():
+        quantize_blocks_kernel[grid](weight, target, scale, height, width, grid[1], UE8M0=ue8m0, BITS=bits, num_warps=8)
     return out, scale
 
 
@@ -286,8 +277,11 @@ def dequantize_block_fp8(weight: torch.Tensor, scale: torch.Tensor, dtype: torch
 
     The twin is `op_quant.dequantize_block_fp8`; each element is rounded once, from the float32 product.
     """
+    weight, scale = weight.contiguous(), scale.contiguous()
     height, width = weight.shape[0] // parts, weight.shape[1]
     out = torch.empty_like(weight, dtype=dtype)
+    if out.numel() == 0:
+        return out
     rows, kind = 32, weight_kind(weight)
     dequantize_kernel[(cdiv(height, rows), cdiv(width, SCALE_BLOCK), parts)](
         as_bytes(weight, kind),
@@ -350,7 +344,7 @@ def multiply(
 
     Returns (M, OUT) in `out_dtype`.
     """
-    rows, weight = rows.contiguous(), weight.contiguous()
+    rows, weight, scale = rows.contiguous(), weight.contiguous(), scale.contiguous()
     num_rows, depth = rows.shape
     width = weight.shape[1] if transposed else weight.shape[0]
     device, kind = rows.device, weight_kind(weight)

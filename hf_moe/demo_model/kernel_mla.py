@@ -11,6 +11,7 @@ Shapes: B sequences, S queries, h heads, M = S * h rows, T context, r latent wid
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from .triton_compat import (
     compute_capability,
     dot,
     jit,
+    jit_for_any,
     narrow,
     next_power_of_2,
     num_processors,
@@ -56,6 +58,7 @@ def mla_tile(num_rows: int, capability: tuple[int, int], per_query: bool = False
     return MlaTile(block_m, block_n, 8 if block_m >= 32 else 4, 2 if capability[0] == 10 else 3)
 
 
+@functools.lru_cache(maxsize=1024)  # all layers of a decode step ask the same
 def split_count(context: int, programs: int, processors: int, block_n: int) -> int:
     """Parts of the context for `programs` blocks of rows: those that finish first with one program a processor."""
     best = (float("inf"), 1)
@@ -83,7 +86,7 @@ def masked_range(mask_ptr, queries, mask_stride, begin, end, PER_QUERY: tl.const
     return first, last
 
 
-@jit
+@jit_for_any("context", "split_length", "mask_batch", "mask_query")
 def mla_decode_kernel(
     query_ptr,  # (B, M, r)
     query_rope_ptr,  # (B, M, p)
@@ -108,7 +111,7 @@ def mla_decode_kernel(
     P: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PER_QUERY: tl.constexpr,
-    SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,  # the grid divides the context
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -163,29 +166,29 @@ def mla_decode_kernel(
     out_rows = (split * tl.num_programs(2) + batch) * num_rows + rows
     mask = valid[:, None] & (r[None, :] < R)
     tl.store(out_ptr + out_rows[:, None] * R + r[None, :], narrow(out, out_ptr.dtype.element_ty), mask=mask)
-    if SPLITS > 1:
+    if IS_SPLIT:
         tl.store(weight_ptr + out_rows, largest + tl.log2(total), mask=valid)
 
 
-@jit
+@jit_for_any("num_rows", "splits")
 def combine_kernel(
     parts_ptr,  # (SPLITS, rows, r) float32
     weight_ptr,  # (SPLITS, rows)
     out_ptr,  # (rows, r)
     num_rows,
+    splits,
     R: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     split = tl.arange(0, BLOCK_S)
-    weight = tl.load(weight_ptr + split * num_rows + row, mask=split < SPLITS, other=float("-inf"))
+    weight = tl.load(weight_ptr + split * num_rows + row, mask=split < splits, other=float("-inf"))
     largest = tl.max(weight, axis=0)
     weight = tl.exp2(weight - tl.where(largest == float("-inf"), 0.0, largest))
     total = tl.sum(weight, axis=0)
-    mask = (split[:, None] < SPLITS) & (column[None, :] < R)
+    mask = (split[:, None] < splits) & (column[None, :] < R)
     parts = tl.load(parts_ptr + (split[:, None] * num_rows + row) * R + column[None, :], mask=mask, other=0.0)
     out = tl.sum(parts * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
     tl.store(out_ptr + row * R + column, narrow(out, out_ptr.dtype.element_ty), mask=column < R)
@@ -257,7 +260,7 @@ def mla_decode(
         P=rope,
         HAS_MASK=mask is not None,
         PER_QUERY=per_query,
-        SPLITS=splits,
+        IS_SPLIT=splits > 1,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_R=max(16, next_power_of_2(width)),
@@ -273,8 +276,8 @@ def mla_decode(
             weight,
             out,
             batch * num_rows,
+            splits,
             R=width,
-            SPLITS=splits,
             BLOCK_S=next_power_of_2(splits),
             BLOCK=block,
             num_warps=4,

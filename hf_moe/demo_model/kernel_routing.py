@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from .triton_compat import jit, next_power_of_2, tl
+from .triton_compat import cdiv, jit, jit_for_any, next_power_of_2, tl
 
 # Slots that a program of the layout kernel reads at once.
 _CHUNK = 1024
@@ -44,11 +44,11 @@ def most_tiles(num_slots: int, num_experts: int, block_m: int) -> int:
 @jit
 def _load_ids(ids_ptr, slots, num_slots, E: tl.constexpr):
     """Expert ids of `slots`; E for those that have none."""
-    ids = tl.load(ids_ptr + slots, mask=slots < num_slots, other=E).to(tl.int32)
-    return tl.where((ids < 0) | (ids > E), E, ids)
+    ids = tl.load(ids_ptr + slots, mask=slots < num_slots, other=E)
+    return tl.where((ids < 0) | (ids > E), E, ids).to(tl.int32)
 
 
-@jit
+@jit_for_any("num_slots", "max_tiles")
 def layout_kernel(
     ids_ptr,  # (N,) any integer type
     order_ptr,  # (N,) int32
@@ -96,9 +96,11 @@ def build_layout(topk_indices: torch.Tensor, num_experts: int, block_m: int) -> 
     ids = topk_indices.contiguous()
     num_slots, device = ids.numel(), ids.device
     max_tiles = most_tiles(num_slots, num_experts, block_m)
-    # One allocation for the four parts.
-    memory = torch.empty(num_slots + num_experts + 1 + 2 * max_tiles + 1, dtype=torch.int32, device=device)
-    order, offsets, tiles, num_tiles = memory.split([num_slots, num_experts + 1, 2 * max_tiles, 1])
+    # One allocation for the four parts. Each begins at a multiple of 16 bytes: kernels are compiled anew for others.
+    sizes = num_slots, num_experts + 1, 2 * max_tiles, 1
+    room = [cdiv(size, 4) * 4 for size in sizes]
+    parts = torch.empty(sum(room), dtype=torch.int32, device=device).split(room)
+    order, offsets, tiles, num_tiles = (part[:size] for part, size in zip(parts, sizes))
     layout = Layout(order, offsets, tiles.view(2, max_tiles), num_tiles, block_m)
     layout_kernel[(num_experts + 1,)](
         ids,

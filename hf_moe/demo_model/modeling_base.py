@@ -562,11 +562,12 @@ def _fit_model(model: MoePreTrainedModel, tensors: dict[str, Any], options: dict
             raise CheckpointError(
                 f"The checkpoint has {name}, but config.json says `{model.experts_key}={num_experts}`: one is wrong."
             )
-    for parameter, tensor in model.state_dict().items():
+    for parameter, tensor in model.state_dict(keep_vars=True).items():
         stem = model.checkpoint_stem(parameter)
-        parts = model.upstream_parts(stem, tuple(tensor.shape))
+        shape = tuple(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3 leaves an empty tensor in its place
+        parts = model.upstream_parts(stem, shape)
         if not parts or stem in names:  # not an expert, or already fused
-            _check_shape(names.get(stem), tensors, tuple(tensor.shape), options)
+            _check_shape(names.get(stem), tensors, shape, options)
             if stem not in names and model.is_mtp_tensor(stem):
                 missing.append(stem)
             continue

@@ -5,6 +5,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
+from .layer_cache import GrowingLayer
 from .layer_mla import absorbed_is_cheaper
 
 
@@ -14,6 +15,12 @@ class _BooleanMaskConfig:
     def __init__(self, is_causal: bool):
         self._attn_implementation = "sdpa"
         self.is_causal = is_causal
+
+
+def _grown(cache: Cache | None) -> int:
+    """Tokens in a cache that holds all of them and nothing else; 0 for any other one."""
+    layer = next(iter(getattr(cache, "layers", ())), None)
+    return layer.get_seq_length() if type(layer) is GrowingLayer else 0
 
 
 class LatentDecoderMixin:
@@ -31,10 +38,16 @@ class LatentDecoderMixin:
 
     def _make_mask(self, inputs_embeds, attention_mask, past_key_values, position_ids, absorbed: bool):
         """The mask in the form that the evaluation order reads."""
-        config = self.config
+        config, seq = self.config, inputs_embeds.shape[1]
+        past = _grown(past_key_values) if attention_mask is None else 0
+        if past and seq == 1:
+            return None  # a single query sees all there is
         if absorbed:
             # Absorbed attention reads boolean masks, whatever the attention implementation of the expanded order is.
             config = _BooleanMaskConfig(getattr(config, "is_causal", True))
+        if past and config._attn_implementation == "sdpa" and getattr(config, "is_causal", True):
+            # What Transformers would make, in a fifth of the time: a tenth of what a small MTP layer takes.
+            return torch.ones((1, 1, seq, past + seq), dtype=torch.bool, device=inputs_embeds.device).tril(past)
         return create_causal_mask(
             config=config,
             inputs_embeds=inputs_embeds,
@@ -42,7 +55,7 @@ class LatentDecoderMixin:
             past_key_values=past_key_values,
             position_ids=position_ids,
             # Only a single query may go without a mask: it sees all there is.
-            **({"allow_is_causal_skip": inputs_embeds.shape[1] == 1} if absorbed else {}),
+            **({"allow_is_causal_skip": seq == 1} if absorbed else {}),
         )
 
     def mtp_forward(

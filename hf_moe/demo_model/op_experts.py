@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .kernel_experts import SCALE_BLOCK, combine, gate_up, multiply_rows, tile_rows
+from .kernel_experts import combine, gate_up, multiply_rows
 from .kernel_experts_backward import inner_grad, sum_outer
 from .kernel_fp8 import quantize_rows as quantize_on_kernel
 from .kernel_routing import Layout, build_layout
+from .kernel_tiles import SCALE_BLOCK, tile_rows
 from .op_experts_cpu import experts_cpu_training
 from .op_quant import dequantize_rows, quantize_rows
 from .triton_compat import converts_fp8, on_device, runs_kernels
@@ -204,14 +205,15 @@ def _forward(hidden, topk_weights, gate_up_proj, down_proj, factors, plan: _Plan
         plan.gate_up_scale,
         layout,
         top_k,
-        out_dtype=dtype,
+        # Half as many bits would round rows to another FP8 value often enough to cost 1 % of the result.
+        out_dtype=torch.float32 if plan.quantize else dtype,
+        pre_dtype=dtype if save else None,
         x_scale=x_scale,
-        save_pre=save,
         low=low,
         lora_b=gate_up_b,
     )
     if down_a is not None:
-        rows = _drop_sorted(inner, lora, layout.order)
+        rows = _drop_sorted(inner, lora, layout.order).to(dtype)
         low_inner = multiply_rows(rows, down_a, None, layout, top_k, alpha=lora.down_scaling, out_dtype=dtype)
         del rows
     rows_dtype = _rows_dtype(dtype, tokens * top_k, hidden.shape[1])
@@ -480,8 +482,12 @@ def experts_on_kernels(
     elif torch.is_autocast_enabled(device):
         hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
     quantize = False if fp8 is None or not fp8.dynamic else module.quantize_activations
+    weights = (module.gate_up_proj, module.down_proj)
+    if fp8 is None and dtype == torch.float32 and torch.is_autocast_enabled(device):
+        # As autocast does with linear layers: float32 is kept for the optimiser, and not multiplied.
+        hidden_states, *weights = (t.to(torch.get_autocast_dtype(device)) for t in (hidden_states, *weights))
     scales = (getattr(module, f"{name}_scale_inv", None) for name in ("gate_up_proj", "down_proj"))
-    inputs = (hidden_states, topk_indices, topk_weights, module.gate_up_proj, module.down_proj, *scales)
+    inputs = (hidden_states, topk_indices, topk_weights, *weights, *scales)
     options = {"quantize": quantize, "ue8m0": fp8 is not None and fp8.ue8m0}
     if lora is not None or not torch.compiler.is_compiling():
         run = _experts_uncompiled if torch.compiler.is_compiling() else experts

@@ -7,6 +7,7 @@ quantised too, in groups of 128 channels, which is what FP8 tensor cores multipl
 Shapes: O output features, I input features, M rows.
 """
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,7 +20,9 @@ from .op_linear import linear
 from .op_quant import block_grid, dequantize_block_fp8, dequantize_rows, quantize_rows
 from .triton_compat import converts_fp8, runs_kernels
 
-_PIECE = 1 << 20  # elements that are decoded at a time: they stay in the processor's cache
+_PIECE = 1 << 19  # elements that are decoded at a time: they stay in the processor's cache
+# Up to so many rows on the CPU, rounding the decoded weight takes longer than what its narrower product saves.
+_FEW_ROWS = 4
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -56,7 +59,12 @@ def dequantize(
     """The whole decoded weight (..., O, I) in `dtype`."""
     if weight.dim() == 2 and _uses_kernels(weight, dtype, fp8) and not torch.compiler.is_compiling():
         return dequantize_kernel(weight, scale, dtype, parts)
-    return dequantize_block_fp8(weight, scale, fp8.block_size, parts).to(dtype)
+    if weight.dim() != 2 or weight.device.type != "cpu" or dtype == torch.float32 or torch.compiler.is_compiling():
+        return dequantize_block_fp8(weight, scale, fp8.block_size, parts).to(dtype)
+    output = weight.new_empty(weight.shape, dtype=dtype)
+    for piece, place in _pieces(weight, scale, fp8, parts, torch.float32):
+        output[place] = piece
+    return output
 
 
 def fp8_linear(
@@ -104,6 +112,8 @@ def fp8_mm(rows, weight, scale, fp8: Fp8Format, parts: int = 1, quantize: bool =
     if quantize:
         wide = torch.promote_types(dtype, torch.float32)
         rows = dequantize_rows(*quantize_rows(rows, ue8m0=fp8.ue8m0)).to(wide)
+    elif rows.device.type == "cpu" and rows.shape[0] <= _FEW_ROWS:
+        rows = rows.to(torch.promote_types(dtype, torch.float32))
     outputs = [linear(rows, piece) for piece, _ in _pieces(weight, scale, fp8, parts, rows.dtype)]
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).to(dtype)
 
@@ -120,7 +130,8 @@ def fp8_mm_backward(grad, weight, scale, fp8: Fp8Format, parts: int = 1) -> torc
 
 
 def _pieces(weight, scale, fp8: Fp8Format, parts: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, slice]]:
-    """Decoded rows of the weight, block by block, each with its place among the output features."""
+    """Decoded rows of the weight, block by block, each with its place among the output features. A piece is good until
+    the next one is asked for."""
     block_rows = fp8.block_size[0]
     height = weight.shape[0] // parts
     blocks = max(1, _PIECE // (block_rows * weight.shape[1]))
@@ -130,7 +141,28 @@ def _pieces(weight, scale, fp8: Fp8Format, parts: int, dtype: torch.dtype) -> It
             start, stop = block * block_rows, min((block + blocks) * block_rows, height)
             rows = slice(part * height + start, part * height + stop)
             scales = scale[part * grid_rows + block : part * grid_rows + min(block + blocks, grid_rows)]
-            yield dequantize_block_fp8(weight[rows], scales, fp8.block_size).to(dtype), rows
+            piece, memory = weight[rows], _scratch(weight[rows])
+            decoded = dequantize_block_fp8(piece, scales, fp8.block_size, scratch=memory)
+            if memory is not None and dtype.itemsize == 2:  # behind it, where decoding no longer needs the memory
+                behind = memory[piece.numel() :].view(dtype)[: piece.numel()].view(piece.shape)
+                yield behind.copy_(decoded), rows
+            else:
+                yield decoded.to(dtype), rows
+
+
+_memory = threading.local()
+
+
+def _scratch(piece: torch.Tensor) -> torch.Tensor | None:
+    """Memory to decode a piece on the CPU, the same one at each call of a thread: decoding into pages that come fresh
+    from the system takes ten times as long."""
+    if piece.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    needed = piece.numel() + -(-piece.numel() // 2)
+    if getattr(_memory, "scratch", None) is None or len(_memory.scratch) < needed:
+        with torch.inference_mode(False):  # else it could not be written outside of that mode
+            _memory.scratch = torch.empty(needed, dtype=torch.float32, device="cpu")
+    return _memory.scratch
 
 
 class _Fp8MM(torch.autograd.Function):

@@ -30,15 +30,58 @@ def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
         return F.linear(rows, weight, bias)
     if rows.dtype == torch.float32:
         return _linear_transposed(rows, weight, bias, count)
-    threads = torch.get_num_threads()
-    small = count <= min(_ONEDNN_OFF_ROWS, threads) or count * weight.numel() <= _ONEDNN_OFF_PRODUCTS * threads
-    if rows.dtype == torch.bfloat16 and small and _set_onednn_enabled and _onednn_enabled():
+    if rows.dtype == torch.bfloat16 and count <= _rows_without_onednn(weight.numel()) and _has_onednn():
         _set_onednn_enabled(False)
         try:
             return F.linear(rows, weight, bias)
         finally:
             _set_onednn_enabled(True)
     return F.linear(rows, weight, bias)
+
+
+def linear_each(rows: torch.Tensor, sizes: list[int], stack: torch.Tensor, indices: list[int]) -> torch.Tensor:
+    """Some matrices of a stack, each with rows of its own, as `linear` of each; without gradients.
+
+    Args:
+        rows: (N, in).
+        sizes: how many of the rows each matrix takes, one after another.
+        stack: (E, out, in).
+        indices: places of the matrices in the stack.
+
+    Returns (N, out).
+    """
+    plain = type(stack) in (torch.Tensor, torch.nn.Parameter) and not torch.is_autocast_enabled("cpu")
+    if not plain or rows.device.type != "cpu" or not rows.dtype == stack.dtype == torch.bfloat16:
+        outputs = [linear(piece, stack[index]) for piece, index in zip(rows.split(sizes), indices)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    output, matrices = rows.new_empty(rows.shape[0], stack.shape[1]), stack.transpose(1, 2)
+    few, others = _rows_without_onednn(stack.shape[1] * stack.shape[2]), []
+    switched = _has_onednn()
+    if switched:
+        _set_onednn_enabled(False)
+    try:  # one turn of the switch for all
+        for size, index, piece, out in zip(sizes, indices, *(each.split_with_sizes(sizes) for each in (rows, output))):
+            if size <= few:
+                torch.mm(piece, matrices[index], out=out)
+            else:
+                others.append((index, piece, out))
+    finally:
+        if switched:
+            _set_onednn_enabled(True)
+    for index, piece, out in others:
+        torch.mm(piece, matrices[index], out=out)
+    return output
+
+
+def _has_onednn() -> bool:
+    """Whether oneDNN is on and can be switched off."""
+    return _set_onednn_enabled is not None and _onednn_enabled()
+
+
+def _rows_without_onednn(elements: int) -> int:
+    """Up to how many bfloat16 rows and a matrix of so many elements are multiplied faster without oneDNN."""
+    threads = torch.get_num_threads()
+    return max(min(_ONEDNN_OFF_ROWS, threads), _ONEDNN_OFF_PRODUCTS * threads // max(elements, 1))
 
 
 def _linear_transposed(rows, weight, bias, count: int) -> torch.Tensor:

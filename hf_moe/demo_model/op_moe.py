@@ -6,6 +6,7 @@ picks per call from device, dtype and token count. The readable definition is `E
 Shapes: T tokens, K choices per token, E experts, H hidden, I intermediate, N = T * K routed rows.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -23,20 +24,22 @@ from .op_experts import (
 )
 from .op_experts import experts as experts_with_lora
 from .op_fp8 import Fp8Format, fp8_linear
-from .op_linear import linear
+from .op_linear import linear, linear_each
 
 BACKEND_NAME = "hf_moe"
 # Up to this many routed rows, gathering their weight matrices beats a loop with a host sync (dtypes without a
 # grouped kernel on the accelerator).
 _BATCHED_ROWS = 32
-# Up to this many tokens the CPU form saves calls rather than memory.
-_FEW_TOKENS = 8
 # Up to so many rows an expert, and so many bytes of rows, those of all experts are held side by side.
 _FEW_ROWS = 16
 _MAX_ROW_BYTES = 64 << 20
-# In bfloat16 at least so many neighbouring experts of few rows are one product: 512 of them with 4 rows and 1.5 MB of
-# weights each took 67 ms one by one and take 50 ms.
-_NEIGHBOURS = 8
+# In bfloat16 so many neighbouring experts of few rows are one product: with 4 rows each and 1.5 MB of weights, 65 us an
+# expert instead of 130. The sizes are few because oneDNN takes half a millisecond for every new one.
+_NEIGHBOURS = (32, 16, 8, 4)
+# So many experts share the calls between their products.
+_EXPERTS_AT_ONCE = 32
+# Elements of the rows that are summed at a time: they stay in the processor's cache.
+_SUMMED = 1 << 19
 # Small stacks are multiplied whole: measured with 8 experts of 64 x 192 in bfloat16, 76 instead of 173 us for 3 tokens,
 # 121 instead of 800 us for 16. Elements of such a stack; and its products for all tokens.
 _WHOLE_STACK_ELEMENTS, _WHOLE_STACK_PRODUCTS = 1 << 19, 1 << 24
@@ -90,8 +93,8 @@ def experts_cpu(
     with_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     if fp8 is None and not with_grad and _takes_whole_stack(topk_indices, gate_up_proj, down_proj):
         return _experts_whole_stack(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn)
-    if num_tokens <= _FEW_TOKENS and not with_grad:
-        return _experts_few_tokens(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn, fp8)
+    if num_tokens == 1 and not with_grad:
+        return _experts_one_token(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn, fp8)
     row_bytes = num_tokens * top_k * 4 * hidden_states.shape[1]
     if not with_grad and num_tokens * top_k <= _FEW_ROWS * num_experts and row_bytes <= _MAX_ROW_BYTES:
         return _experts_gathered(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn, fp8)
@@ -130,53 +133,107 @@ def _expert(rows, gate_up, down, expert: int, act_fn, fp8: "Fp8Experts | None") 
     return fp8_linear(act_fn(gate) * up, down[expert], down_scale, fp8.format, quantize=fp8.quantize)
 
 
+def _experts_one_token(
+    hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn, fp8: "Fp8Experts | None"
+) -> torch.Tensor:
+    """`experts_cpu` for one token without gradients: nothing to sort, and as few calls as there can be."""
+    ids = topk_indices[0].tolist()
+    places = [place for place, expert in enumerate(ids) if expert < gate_up_proj.shape[0]]
+    if not places:
+        return torch.zeros_like(hidden_states)
+    experts, sizes = [ids[place] for place in places], [1] * len(places)
+    gate_up = _products(hidden_states.expand(len(places), -1), sizes, gate_up_proj, experts, fp8, 2)
+    gate, up = gate_up.chunk(2, dim=-1)  # (n, I) each
+    rows = _products(act_fn(gate) * up, sizes, down_proj, experts, fp8, 1)
+    if len(places) < len(ids):
+        topk_weights = topk_weights.index_select(1, torch.tensor(places))
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
+    return (topk_weights.to(wide) @ rows.to(wide)).to(hidden_states.dtype)
+
+
 def _experts_gathered(
     hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn, fp8: "Fp8Experts | None"
 ) -> torch.Tensor:
-    """`experts_cpu` without gradients for as many rows as may stand side by side: gathered, summed and, where
-    neighbouring experts have few rows each, multiplied by one call for many experts."""
-    num_tokens, top_k = topk_indices.shape
-    num_experts = gate_up_proj.shape[0]
-    expert_ids = topk_indices.flatten()  # (N,)
-    counts = torch.bincount(expert_ids, minlength=num_experts)[:num_experts].tolist()
-    order = expert_ids.argsort(stable=True)[: sum(counts)]  # places of rows, those of one expert side by side
+    """`experts_cpu` without gradients for as many rows as may stand side by side: gathered, multiplied with few calls
+    between the products, and summed."""
+    top_k, num_experts = topk_indices.shape[1], gate_up_proj.shape[0]
+    ids, order = topk_indices.flatten().sort(stable=True)  # the rows of one expert side by side
+    counts = Counter(ids.tolist())  # as ordered as the ids
+    experts = [expert for expert in counts if expert < num_experts]
+    sizes = [counts[expert] for expert in experts]
+    order = order[: sum(sizes)]
     hidden_rows = hidden_states.index_select(0, order // top_k)
     # A last row of zeros is what an expert of another rank contributes.
-    rows = hidden_states.new_zeros(len(order) + 1, hidden_states.shape[1])
-    start = 0
+    rows = hidden_states.new_empty(len(order) + 1, hidden_states.shape[1])
+    rows[-1] = 0.0
     batched = fp8 is None and gate_up_proj.dtype == torch.bfloat16
-    for first, sizes in _runs_of_experts(counts):
-        if batched and len(sizes) >= _NEIGHBOURS:
-            stop = start + sum(sizes)
-            stacks = (stack[first : first + len(sizes)] for stack in (gate_up_proj, down_proj))
-            rows[start:stop] = _neighbours(hidden_rows[start:stop], sizes, *stacks, act_fn)
-            start = stop
-            continue
-        for expert, size in enumerate(sizes, first):
-            stop = start + size
-            rows[start:stop] = _expert(hidden_rows[start:stop], gate_up_proj, down_proj, expert, act_fn, fp8)
-            start = stop
+    start = 0
+    for piece, neighbours in _pieces_of_experts(experts, sizes, batched):
+        some, some_sizes = experts[piece], sizes[piece]
+        stop = start + sum(some_sizes)
+        if neighbours:
+            stacks = (stack[some[0] : some[-1] + 1] for stack in (gate_up_proj, down_proj))
+            rows[start:stop] = _neighbours(hidden_rows[start:stop], some_sizes, *stacks, act_fn)
+        else:
+            gate_up = _products(hidden_rows[start:stop], some_sizes, gate_up_proj, some, fp8, 2)
+            gate, up = gate_up.chunk(2, dim=-1)
+            rows[start:stop] = _products(act_fn(gate) * up, some_sizes, down_proj, some, fp8, 1)
+        start = stop
+    return _sum_rows(rows, order, topk_weights)
+
+
+def _products(rows, sizes: list[int], stack, experts: list[int], fp8: "Fp8Experts | None", parts: int) -> torch.Tensor:
+    """Each of some experts' matrices in `stack` times the next `sizes` of the rows, one after another."""
+    if fp8 is None:
+        return linear_each(rows, sizes, stack, experts)
+    scale = fp8.gate_up_scale if parts == 2 else fp8.down_scale
+    options = {"fp8": fp8.format, "parts": parts, "quantize": fp8.quantize}
+    pairs = zip(rows.split(sizes), experts)
+    return torch.cat([fp8_linear(own, stack[expert], scale[expert], **options) for own, expert in pairs])
+
+
+def _sum_rows(rows: torch.Tensor, order: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+    """The weighted sum over the choices of each token: `rows` holds those in `order` of the T * K, and a last one for
+    all others. (T, H)."""
+    (num_tokens, top_k), width = topk_weights.shape, rows.shape[1]
+    wide = torch.promote_types(rows.dtype, torch.float32)
     places = order.new_full((num_tokens * top_k,), len(order))
     places[order] = torch.arange(len(order))
-    wide = torch.promote_types(hidden_states.dtype, torch.float32)
-    rows = rows.index_select(0, places).to(wide).view(num_tokens, top_k, -1)
-    return torch.bmm(topk_weights.to(wide).unsqueeze(1), rows).squeeze(1).to(hidden_states.dtype)
+    output, weights = rows.new_empty(num_tokens, width), topk_weights.to(wide).unsqueeze(1)
+    step = max(1, _SUMMED // (top_k * width))
+    for start in range(0, num_tokens, step):
+        some = weights[start : start + step]  # (step, 1, K)
+        chosen = rows.index_select(0, places[start * top_k :][: len(some) * top_k])
+        output[start : start + step] = torch.bmm(some, chosen.to(wide).view(len(some), top_k, width)).squeeze(1)
+    return output
 
 
-def _runs_of_experts(counts: list[int]) -> Iterator[tuple[int, list[int]]]:
-    """Experts with rows, in order, cut into neighbours: the first of them and the number of rows of each.
+def _pieces_of_experts(experts: list[int], sizes: list[int], batched: bool) -> Iterator[tuple[slice, bool]]:
+    """What of the experts with rows is computed together, in order: a slice of them, and whether it is one product
+    since they are neighbours; only where `batched`.
 
-    One with more than twice `_FEW_ROWS` rows is by itself: its neighbours would be padded to as many."""
-    run: list[int] = []
-    for expert, count in enumerate([*counts, 0]):
-        if 0 < count <= 2 * _FEW_ROWS:
-            run.append(count)
-            continue
-        if run:
-            yield expert - len(run), run
-            run = []
-        if count:
-            yield expert, [count]
+    One with more than twice `_FEW_ROWS` rows goes by itself: its neighbours would be padded to as many."""
+    first = place = 0
+    while place < len(experts):
+        run = place
+        while (
+            batched
+            and run < len(experts)
+            and run - place < _NEIGHBOURS[0]
+            and experts[run] - experts[place] == run - place
+            and sizes[run] <= 2 * _FEW_ROWS
+        ):
+            run += 1
+        size = next((size for size in _NEIGHBOURS if size <= run - place), 0)
+        if place > first and (size or place - first == _EXPERTS_AT_ONCE):
+            yield slice(first, place), False
+            first = place
+        if size:
+            yield slice(place, place + size), True
+            first = place + size
+        place += size or 1
+    if place > first:
+        yield slice(first, place), False
 
 
 def _neighbours(rows, sizes: list[int], gate_up, down, act_fn) -> torch.Tensor:
@@ -212,40 +269,6 @@ def _experts_whole_stack(hidden_states, topk_indices, topk_weights, gate_up_proj
     # A weight of zero does not undo what is no number in an expert that was not chosen.
     rows = (rows.to(wide) * weights).masked_fill(weights == 0, 0.0).sum(0)  # (H, T)
     return rows.t().to(hidden_states.dtype).contiguous()
-
-
-def _experts_few_tokens(
-    hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn, fp8: "Fp8Experts | None"
-) -> torch.Tensor:
-    """`experts_cpu` for few tokens without gradients, where every call into PyTorch counts: sorted by plain Python,
-    gathered and summed by one call each."""
-    top_k = topk_indices.shape[1]
-    # Place 0 to N - 1 of each routed row, by expert.
-    places: dict[int, list[int]] = {}
-    for place, expert in enumerate(topk_indices.flatten().tolist()):
-        if expert < gate_up_proj.shape[0]:
-            places.setdefault(expert, []).append(place)
-    if not places:
-        return torch.zeros_like(hidden_states)
-    order = [place for rows in places.values() for place in rows]
-    rows = hidden_states
-    if hidden_states.shape[0] > 1:
-        rows = hidden_states.index_select(0, torch.tensor([place // top_k for place in order], device=rows.device))
-        pieces = rows.split([len(rows) for rows in places.values()])
-    else:
-        pieces = [hidden_states] * len(places)
-    outputs = []
-    for expert, piece in zip(places, pieces):
-        outputs.append(_expert(piece, gate_up_proj, down_proj, expert, act_fn, fp8))
-    wide = torch.promote_types(hidden_states.dtype, torch.float32)
-    outputs = torch.cat(outputs).to(wide)  # (N, H), by expert
-    # A (T, N) matrix of weights, whose zeros leave out what belongs to other tokens.
-    weights = topk_weights.flatten().tolist()
-    combine = [[0.0] * len(order) for _ in range(hidden_states.shape[0])]
-    for column, place in enumerate(order):
-        combine[place // top_k][column] = weights[place]
-    combine = outputs.new_tensor(combine)
-    return (combine @ outputs).to(hidden_states.dtype)
 
 
 def _zero_sums(hidden_states: torch.Tensor) -> torch.Tensor:

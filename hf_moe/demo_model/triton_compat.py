@@ -31,6 +31,16 @@ def jit(function):
     return triton.jit(function) if HAS_TRITON else function
 
 
+def jit_for_any(*names: str):
+    """`jit` that compiles one kernel for all values of the integers `names`, which change from call to call, such as
+    the number of tokens. Triton would compile again for 1 and for multiples of 16."""
+
+    def compiled(function):
+        return triton.jit(function, do_not_specialize=names) if HAS_TRITON else function
+
+    return compiled
+
+
 def constant(value):
     """A module-level constant that kernels may read."""
     return tl.constexpr(value) if HAS_TRITON else value
@@ -99,11 +109,13 @@ def num_processors(device: torch.device) -> int:
     return _cuda_properties(_cuda_index(device))[1] if device.type == "cuda" else _INTERPRETER_PROCESSORS
 
 
+@torch.compiler.assume_constant_result
 def converts_fp8(device: torch.device) -> bool:
     """Whether kernels on `device` may name float8_e4m3fn: compute capability 8.9 and up. Elsewhere: `e4m3_to_float`."""
     return compute_capability(device) >= (8, 9)
 
 
+@torch.compiler.assume_constant_result
 def runs_kernels(device: torch.device) -> bool:
     """Whether kernels can be launched on tensors of `device`: a CUDA device of compute capability 8.0 and up, or any
     CPU tensor under the interpreter."""
