@@ -57,6 +57,8 @@ def draw(model, settings: dict) -> list[torch.Tensor]:
     counts = [torch.zeros(VOCAB**NEW) for _ in PROMPTS]
     half = 3000
     ids, mask = left_padded([prompt for prompt in PROMPTS for _ in range(half)])
+    # Older versions of Transformers penalise padding as they do the prompt: here it is a token that the prompt has.
+    ids = ids.where(mask.bool(), ids[:, -1:])
     for _ in range(DRAWS // half):
         out = model.generate(
             ids, attention_mask=mask, use_mtp=True, num_assistant_tokens=2, num_assistant_tokens_schedule="constant",
