@@ -8,6 +8,7 @@ from testing import assert_close
 from tiny import tiny_config, tiny_model
 
 from hf_moe.models.layer_router import TopkRouter
+from hf_moe.models.op_routing import route
 
 V3 = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True, "routed_scaling_factor": 2.5}
 V2 = {
@@ -148,6 +149,19 @@ def test_bias_picks_but_never_weighs():
     assert_close("weights", weights, 2.5 * scores / scores.sum(-1, keepdim=True), "float32")
     router.e_score_correction_bias.add_(4.0)  # the same for all: nothing changes
     assert torch.equal(router(hidden_states)[1], weights)
+
+
+def test_more_choices_than_the_groups_that_stay_hold():
+    """The sizes of Transformers' own DeepSeek-V3 tester: masked experts fill up, weighed by their own scores."""
+    fields = {**V3, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 8}
+    router = make_router(fields)
+    hidden = torch.randn(9, router.weight.shape[1])
+    logits, weights, indices = router(hidden)
+    assert indices.sort(-1).values.tolist() == [list(range(8))] * 9
+    scores = logits.sigmoid()
+    assert_close("weights", weights, (scores / scores.sum(-1, keepdim=True) * 2.5).gather(-1, indices), "float32")
+    with pytest.raises(ValueError, match="there are 8 experts"):
+        route(logits, None, top_k=9)
 
 
 def test_gradients_flow_through_scores_not_through_choice():
