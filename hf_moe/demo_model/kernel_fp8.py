@@ -133,7 +133,7 @@ def dequantize_kernel(
     tl.store(out_ptr + place, narrow(value * scale, out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit_for_any("num_rows")
+@jit
 def linear_kernel(
     x_ptr,  # (M, DEPTH)
     x_scale_ptr,  # (M, ceil(DEPTH / 128)) float32 for FP8 rows, or unused

@@ -270,7 +270,7 @@ def mla_decode(
         num_stages=tile.stages,
     )
     if splits > 1:
-        block = min(128, next_power_of_2(width))
+        block = min(64, next_power_of_2(width))
         combine_kernel[(batch * num_rows, cdiv(width, block))](
             target,
             weight,

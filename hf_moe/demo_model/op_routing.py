@@ -104,17 +104,19 @@ def route(
     Returns weights (T, K) float32, differentiable in `logits`, and indices (T, K) int64, best first.
 
     Raises:
-        ValueError: if the groups do not divide the experts, or hold fewer than `top_k`.
+        ValueError: if the groups do not divide the experts, or there are fewer than `top_k` of these.
     """
     num_experts = logits.shape[-1]
     if num_experts % num_group or not 0 < topk_group <= num_group:
         raise ValueError(f"{num_experts} experts in {num_group} groups, {topk_group} of which stay: not possible")
-    if not 0 < top_k <= num_experts // num_group * topk_group:
-        raise ValueError(f"top_k is {top_k}, and {num_experts // num_group * topk_group} experts can be chosen")
+    if not 0 < top_k <= num_experts:
+        raise ValueError(f"top_k is {top_k}, and there are {num_experts} experts")
     choice = {"top_k": top_k, "num_group": num_group, "topk_group": topk_group, "best_two": best_two}
     weighing = {"sigmoid": sigmoid, "normalise": normalise, "factor": factor}
     if impl is None:
         on_kernel = logits.is_cuda and logits.dtype == torch.float32 and runs_kernels(logits.device)
+        # Where the groups that stay hold too few, native routers go on with the others, which the kernel does not.
+        on_kernel = on_kernel and top_k <= num_experts // num_group * topk_group
         impl = "triton" if on_kernel and not torch.compiler.is_compiling() else "torch"
     if impl == "torch":
         return choose_experts_torch(logits, bias, **choice, **weighing)
