@@ -134,6 +134,15 @@ class _Functions(TorchFunctionMode):
             return args[0] if name == "pin_memory" else False
         if name == "record_stream":
             return None
+        if name == "scaled_dot_product_attention":  # a CPU takes it apart, with masks of its own
+            places = {pretence.place_of(leaf) for leaf in tree_iter((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+            if len(places) > 1:
+                raise RuntimeError(f"{name}: Expected all tensors to be on the same device, but found {places}")
+            with _disable_current_modes():
+                result = func(*args, **kwargs)
+            if None not in places:
+                pretence.put(result, places.pop())
+            return result
         index = pretence.index(kwargs.get("device")) if name in ("tensor", "as_tensor") else None
         if index is not None:  # converted where modes do not see it
             result = func(*args, **{**kwargs, "device": "cpu"})
