@@ -135,7 +135,7 @@ def test_command(text, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == names
     assert all(path.read_bytes().startswith(PNG) for path in out.glob("*.png"))
     numbers = json.loads((out / "routing.json").read_text())
-    assert numbers["tokens"] == 50 and numbers["groups"] == 4 and len(numbers["layers"]) == 3
+    assert numbers["tokens"] == 50 and numbers["groups"] == 4 and len(numbers["layers"]) == 7
     assert "devices per token" in result.stdout and "50 tokens" in result.stdout
     printed = run("demo", "--text", text, "--out", out, "--groups", 4, "--max-tokens", 50, "--json")
     assert json.loads(printed.stdout) == numbers

@@ -174,14 +174,15 @@ def test_mtp_drafts_that_are_taken(family, depths, static, monkeypatch):
     model.generation_config = GenerationConfig(pad_token_id=2, max_new_tokens=25, do_sample=False)
     expected = model.generate(ids, attention_mask=mask, use_cache=False, max_new_tokens=50)
 
-    def foresee(decoding, layer, state, index, drafts_at):
+    def foresee(decoding, layer, state, index, last):
         drafts = []
         for row, length in zip(decoding.rows, decoding.lengths):
             place = length + index
             wrong = place % (row + 2) == 0
             drafts.append([3 if wrong else expected[row, min(place, expected.shape[1] - 1)].item()])
         decoding.drafts.append(torch.tensor(drafts))
-        decoding.tokens.scatter_(1, drafts_at + index, decoding.drafts[-1])
+        places = torch.tensor(decoding.lengths).unsqueeze(1) + index
+        decoding.tokens.scatter_(1, places, decoding.drafts[-1])
 
     monkeypatch.setattr(MTPDecoding, "_draft_token", foresee)
     options = {"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant", "use_mtp": True}

@@ -170,7 +170,7 @@ def test_the_command_writes_adapter_merged_model_card_and_curve(tmp_path):
     merged_card = (out / "merged" / "README.md").read_text()
     assert "library_name: transformers" in merged_card and "use_mtp=True" in merged_card
     for text, base in ((card, "AutoPeftModelForCausalLM"), (merged_card, "AutoModelForCausalLM")):
-        assert base in text and "## Licence" in text and "517,632" in text and "| LoRA | r 4" in text
+        assert base in text and "## Licence" in text and "304,016" in text and "| LoRA | r 4" in text
         assert not is_ours(text)  # what a push leaves as it is
     assert not list(out.rglob("*.tmp"))
     again = CliRunner().invoke(app, ["finetune", *required(tmp_path, data), *words.split()])
@@ -349,7 +349,7 @@ def test_worked_example(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["finetune_demo.py", *words])
     module.main()
     result = json.loads((out / "result.json").read_text())
-    assert result["training"]["steps"] == 2 and result["training"]["trained_parameters"] == 294_912
+    assert result["training"]["steps"] == 2 and result["training"]["trained_parameters"] == 442_368
     assert result["after"]["bits_per_byte"] < result["before"]["bits_per_byte"]
     assert result["after_fp8"]["bits_per_byte"] < result["before"]["bits_per_byte"]
     assert result["after"]["greedy_with_mtp_is_greedy"] and result["after_fp8"]["greedy_with_mtp_is_greedy"]
