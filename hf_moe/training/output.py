@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCardData
 
 from ..hub.card import CardOptions, Checkpoint, Training, read_checkpoint, render_card
-from ..hub.families import FAMILIES
+from ..register import FAMILIES
 from .arguments import FinetuneArguments
 from .charts import draw_losses
 from .checkpoints import is_sharded
