@@ -177,7 +177,7 @@ def render_card(checkpoint: Checkpoint, options: CardOptions = CardOptions(), tr
     model_type = require_model_type(checkpoint.config, checkpoint.name)
     family = FAMILIES.get(model_type) or plain_family(model_type)
     base = base_model_of(checkpoint, options)
-    licence, metadata = _licence(checkpoint, options, base)
+    licence, metadata = _licence(checkpoint, options, family, base)
     adapter = training is not None and training.adapter
     data = ModelCardData(
         language=list(family.languages) if licence_of(base) else None,
@@ -272,7 +272,9 @@ def has_mtp(checkpoint: Checkpoint) -> bool:
     return bool(config.get("num_nextn_predict_layers"))
 
 
-def _licence(checkpoint: Checkpoint, options: CardOptions, base: str | None) -> tuple[str, dict[str, str]]:
+def _licence(
+    checkpoint: Checkpoint, options: CardOptions, family: Family, base: str | None
+) -> tuple[str, dict[str, str]]:
     """The section of the licence, and its metadata."""
     texts = sorted(name for name in checkpoint.files if LICENCE_FILE.fullmatch(name))
     see = f" See [`{texts[0]}`]({texts[0]})." if texts else ""
@@ -284,8 +286,7 @@ def _licence(checkpoint: Checkpoint, options: CardOptions, base: str | None) -> 
         return f"`{options.licence}`.{see}", {"license": options.licence}
     if known:
         title = f"[{known.title}]({known.link})" if known.link else known.title
-        family = FAMILIES.get(require_model_type(checkpoint.config, checkpoint.name))
-        owner = family.maker if family else base.partition("/")[0]
+        owner = family.maker or base.partition("/")[0]
         return f"{title}, as {owner} released [{base}](https://huggingface.co/{base}).{see}", metadata_of(known)
     if isinstance(stated, str):
         metadata = {key: str(checkpoint.metadata[key]) for key in checkpoint.metadata if key.startswith("license")}
