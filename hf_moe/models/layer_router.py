@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from .op_linear import linear
 from .op_routing import route, weigh_experts
@@ -88,7 +87,7 @@ class TopkRouter(nn.Module):
 
     def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(T, hidden) to router logits (T, E) in float32."""
-        return F.linear(hidden_states.float(), self.weight.float())
+        return linear(hidden_states.float(), self.weight.float())
 
     def _weighing(self) -> dict[str, Any]:
         """How scores become weights, in the terms of `op_routing`."""

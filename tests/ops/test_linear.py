@@ -8,7 +8,7 @@ from hf_moe.models.layer_linear import Linear
 from hf_moe.models.op_linear import linear, linear_each
 
 DTYPES = [pytest.param(getattr(torch, name), id=name) for name in ("float32", "bfloat16", "float64")]
-SHAPES = [(1,), (1, 1), (2,), (3,), (2, 1), (4, 8), (33,), (5, 13), (0,)]
+SHAPES = [(1,), (1, 1), (2,), (3,), (2, 1), (4,), (5,), (4, 8), (33,), (5, 13), (0,)]
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
@@ -93,3 +93,9 @@ def test_autocast():
     rows, weight = torch.randn(2, 24), torch.randn(8, 24)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert linear(rows, weight).dtype == torch.bfloat16
+
+
+def test_rows_of_another_width_are_an_error():
+    """Two rows that together are as wide as the weight are not one row."""
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes"):
+        linear(torch.randn(2, 24), torch.randn(8, 48))
