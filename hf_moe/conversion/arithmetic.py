@@ -8,10 +8,8 @@ import threading
 
 import torch
 
-from ..models.op_quant import fp8_scales
+from ..models.op_quant import HALF_BIAS, HALF_SCALE_LIMIT, fp8_as_halves, fp8_scales
 
-_HALVES_BIAS = 2.0**120
-_CODE_BITS = 0x87F0 - (1 << 16)  # sign, exponent and mantissa of an e4m3 number four bits to the left, as int16
 _MAGNITUDE_BITS = 0x7FFFFFFF
 _FIRST_ROWS = 8
 _held = threading.local()
@@ -39,15 +37,13 @@ def decode_block_rows(codes: torch.Tensor, scales: torch.Tensor, columns: int) -
 
     Returns (R, I) in scratch memory.
     """
-    # The seven low bits of a code, moved to where bfloat16 has its exponent, are the number times 2^-120.
-    halves = scratch("halves", tuple(codes.shape), torch.int16)
-    halves.copy_(codes.view(torch.int8)).bitwise_left_shift_(4).bitwise_and_(_CODE_BITS)
-    values = scratch("values", tuple(codes.shape), torch.float32)
-    values.copy_(halves.view(torch.bfloat16))
+    shape = tuple(codes.shape)
+    halves = fp8_as_halves(codes.view(torch.int8), scratch("halves", shape, torch.int16))
+    values = scratch("values", shape, torch.float32).copy_(halves)
     row = scales.float().repeat_interleave(columns)[: codes.shape[1]]
-    if row.numel() and row.amax() < 128:
-        return values.mul_(row * _HALVES_BIAS)
-    return values.mul_(_HALVES_BIAS).mul_(row)  # a scale so large would overflow with the bias
+    if row.numel() and row.amax() < HALF_SCALE_LIMIT:
+        return values.mul_(row * HALF_BIAS)
+    return values.mul_(HALF_BIAS).mul_(row)
 
 
 def encode_block_rows(

@@ -54,8 +54,8 @@ def dequantize_block_fp8(
     scales = weight_scale_inv.float()
     if not exact:
         # A power of two that the decoding left out. A second product where the first could overflow.
-        fits = scales.amax().item() < 2.0**119
-        output, scales = (output, scales * _HALF_BIAS) if fits else (output * _HALF_BIAS, scales)
+        fits = scales.amax().item() < HALF_SCALE_LIMIT
+        output, scales = (output, scales * HALF_BIAS) if fits else (output * HALF_BIAS, scales)
     scales = scales.unsqueeze(-1).expand(*grid, cols).flatten(-2)[..., : weight.shape[-1]]  # (..., grid rows, I)
     height = weight.shape[-2] // parts
     whole = height // rows * rows
@@ -70,8 +70,18 @@ def dequantize_block_fp8(
 
 # The seven low bits of an e4m3 number, moved to bits 7 to 13 of a float16 one, are its value times 2^-8: the exponent
 # field is read with bias 15 in place of 7, for subnormal numbers too.
-_HALF_BIAS = 2.0**8
+HALF_BIAS = 2.0**8
+HALF_SCALE_LIMIT = 2.0**119  # scales below it can be multiplied with the bias first
 _HALF_MASK = 0xBF80 - (1 << 16)  # sign and those bits, as int16
+
+
+def fp8_as_halves(codes: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """e4m3 numbers that are not NaN, given as int8, to float16 numbers of their value times 2^-8.
+
+    They lie in `bits`, int16 memory of the same shape.
+    """
+    # A product takes half the time of a shift.
+    return bits.copy_(codes).mul_(1 << 7).bitwise_and_(_HALF_MASK).view(torch.float16)
 
 
 def decode_fp8(weight: torch.Tensor, scratch: torch.Tensor | None = None) -> tuple[torch.Tensor, bool]:
@@ -85,13 +95,12 @@ def decode_fp8(weight: torch.Tensor, scratch: torch.Tensor | None = None) -> tup
     if codes.amax().item() == 127 or codes.view(torch.uint8).amax().item() == 255:  # NaN has another place in float16
         return weight.float(), True
     if scratch is None:
-        output, bits = torch.empty(codes.shape, dtype=torch.float32), codes.to(torch.int16)
+        output, bits = torch.empty(codes.shape, dtype=torch.float32), torch.empty(codes.shape, dtype=torch.int16)
     else:
         count = codes.numel()
         output, bits = scratch[:count].view(codes.shape), scratch[count:].view(torch.int16)
-        bits = bits[:count].view(codes.shape).copy_(codes)
-    # A product takes half the time of a shift.
-    return output.copy_(bits.mul_(1 << 7).bitwise_and_(_HALF_MASK).view(torch.float16)), False
+        bits = bits[:count].view(codes.shape)
+    return output.copy_(fp8_as_halves(codes, bits)), False
 
 
 def quantize_block_fp8(
