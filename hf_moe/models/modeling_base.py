@@ -336,12 +336,17 @@ class MoePreTrainedModel(PreTrainedModel):
         """Saves upstream names, the configuration in upstream spelling and the remote code. Arguments as Transformers.
 
         Files are written beside their final place and moved when all are complete, so that an interrupted save leaves
-        an older checkpoint as it was.
+        an older checkpoint as it was. Of a model that ranks share out, all call this and the first one writes.
+
+        Raises:
+            ValueError: for `distributed_checkpoint=True` where there are FP8 weights.
         """
         if self.is_remote_code():
             self.config.auto_map = dict(self.config.remote_code_map)
         if not any(self._fp8_modules()):
             _drop_fp8_config(self.config)  # of a model that was made from the configuration of an FP8 checkpoint
+        elif kwargs.get("distributed_checkpoint"):
+            raise ValueError("FP8 weights are not written by each rank for itself: leave out `distributed_checkpoint`.")
         arguments = {"is_main_process": is_main_process, "state_dict": state_dict, **kwargs}
         if getattr(self, "_hf_peft_config_loaded", False) or kwargs.get("distributed_checkpoint"):
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **arguments)

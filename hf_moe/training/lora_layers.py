@@ -25,7 +25,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from ..models.op_quant import dequantize_block_fp8, quantize_block_fp8
-from .lora_parallel import call_with_own_factors, is_shared_out
+from .lora_parallel import call_with_own_factors, check_sharding, is_shared_out
 
 # Since PEFT 0.19 layers take the configuration as one argument; before, field by field.
 _TAKES_CONFIG = "config" in inspect.signature(PeftParamWrapper.__init__).parameters
@@ -182,8 +182,10 @@ class ParamWrapper(_Merging, PeftParamWrapper):  # PEFT asks for this name when 
         """Adds an adapter.
 
         Raises:
-            ValueError: for an initialisation that reads the weights, and for variants such as DoRA.
+            ValueError: for an initialisation that reads the weights, for variants such as DoRA, and for experts that
+                are cut by tensor parallelism.
         """
+        check_sharding(self.get_base_layer())
         _check_init(kwargs, "the weights of experts")
         dropout, kwargs = _without_dropout(kwargs)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, **kwargs)

@@ -31,6 +31,16 @@ class _OwnExperts(torch.autograd.Function):
         return whole, None, None, None
 
 
+def check_sharding(experts: nn.Module) -> None:
+    """Raises `ValueError` for experts of which every rank has a part: factors belong to whole ones."""
+    weight = experts._parameters["down_proj"]
+    if any(getattr(placement, "dim", 0) % weight.ndim for placement in getattr(weight, "placements", ())):
+        raise ValueError(
+            "LoRA on experts needs whole experts, and tensor parallelism has cut them: share them out with "
+            "`DistributedConfig(tp_size=N, ep_size=N)`."
+        )
+
+
 def is_shared_out(experts: nn.Module) -> bool:
     """Whether the stacks of `experts` are sharded by expert."""
     weight = experts._parameters["down_proj"]

@@ -18,6 +18,7 @@ from checkpoints import (
 from testing import assert_close, assert_golden, load_golden
 from tiny import random_ids, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, FineGrainedFP8Config
+from transformers.distributed import DistributedConfig
 
 from hf_moe.models import layer_mla, op_fp8, op_quant
 from hf_moe.models.layer_experts import Experts
@@ -333,8 +334,9 @@ def test_fp8_weights_outside_of_files_are_refused(kept):
     config = AutoConfig.from_pretrained(golden(CASE))
     with pytest.raises(ValueError, match="`state_dict` holds FP8 weights"):
         type(kept).from_pretrained(None, config=config, state_dict=kept.state_dict())
-    with pytest.raises(ValueError, match="dequantize=True"):
-        load(tp_plan="auto")
+    for sharding in (DistributedConfig(fsdp_size=2), {"tp_size": 2, "fsdp_size": 2}, {"pp_size": 2}):
+        with pytest.raises(ValueError, match="tensor parallelism.*dequantize=True"):
+            load(distributed_config=sharding)
 
 
 def test_a_stack_of_fp8_and_plain_experts_is_refused(tmp_path):
@@ -398,6 +400,12 @@ def test_moves_copies_and_pickles(kept, tmp_path):
     again = torch.load(tmp_path / "model.pt", weights_only=False)
     assert_same_tensors(again.state_dict(), kept.state_dict())
     assert not any(parameter.requires_grad for parameter in again.parameters() if parameter.dtype == FP8)
+
+
+def test_dequantize_after_saving(tmp_path):
+    model = load(dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)  # leaves the name of the dtype in the configuration
+    assert model.dequantize().model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
 
 
 def test_state_dict_goes_back_in(kept):

@@ -1,6 +1,8 @@
 """Training and expert parallelism in two real processes over gloo, against one process with the whole batch."""
 
+import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -10,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import two_ranks
+from safetensors.torch import load_file, save_file
 from testing import GOLDENS, assert_close
-from tiny import random_ids
-from transformers import AutoModelForCausalLM
+from tiny import random_ids, tiny_model
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.distributed import DistributedConfig
 
 HERE = Path(__file__).parent
@@ -31,6 +34,18 @@ def checkpoints(tmp_path_factory) -> Path:
                 shutil.copy(GOLDENS / "v3_fp8" / name, target / name)
         elif family != "longcat_flash" or HAS_DISPATCH:
             two_ranks.make_model(family).save_pretrained(target)
+    for case in ("v3_fp8", "longcat_fp8", "step3_fp8"):
+        (folder / f"tp_{case}").mkdir()
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(GOLDENS / case / name, folder / f"tp_{case}" / name)
+    tiny_model(**two_ranks.BLOCKS).save_pretrained(folder / "tp_plain")
+    request = FineGrainedFP8Config(scale_fmt="ue8m0")
+    AutoModelForCausalLM.from_pretrained(folder / "tp_plain", quantization_config=request).save_pretrained(
+        folder / "tp_blocks"
+    )
+    tensors = load_file(folder / "tp_blocks" / "model.safetensors")
+    scales = {name: tensor.to(torch.float8_e8m0fnu) for name, tensor in tensors.items() if name.endswith("_scale_inv")}
+    save_file({**tensors, **scales}, folder / "tp_blocks" / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -145,6 +160,84 @@ def test_expert_parallel_equals_one_process(family, ranks, checkpoints):
         assert result["gradients"].keys() == gradients.keys()
         for name, gradient in gradients.items():
             assert_close(name, result["gradients"][name], gradient, "float32_grad")
+
+
+@pytest.mark.parametrize("folder", ["fp8_checkpoint", "tp_v3_fp8_as_stored"])
+def test_fp8_checkpoint_of_two_ranks_is_that_of_one(folder, ranks, checkpoints):
+    _assert_same_files(checkpoints / f"{folder}_again", GOLDENS / "v3_fp8", exact=folder.endswith("as_stored"))
+
+
+def _assert_same_files(actual: Path, expected: Path, exact: bool) -> None:
+    """Fails unless all tensors agree bit for bit; those that are not FP8 may be of a wider dtype unless `exact`."""
+    tensors, wanted = (load_file(folder / "model.safetensors") for folder in (actual, expected))
+    assert tensors.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        if tensor.dtype == torch.bfloat16 and not exact:
+            tensor = tensor.float()
+        assert tensors[name].dtype == tensor.dtype and tensors[name].shape == tensor.shape, name
+        assert torch.equal(tensors[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("family", two_ranks.TENSOR_PARALLEL)
+def test_tensor_parallel_fp8_equals_one_process(family, ranks, checkpoints):
+    model = AutoModelForCausalLM.from_pretrained(checkpoints / f"tp_{family}", dtype=torch.float32)
+    ids = random_ids(2, 13, high=100)
+    logits, tokens = two_ranks.evaluate(model, ids), two_ranks.generate(model, ids)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    cut = {name: _of_one_rank(name, p) for name, p in model.named_parameters() if re.search(CUT, name)}
+    assert len(cut) > 8
+    for rank in ranks:
+        result = rank[f"tp {family}"]
+        for name in ("logits", "dequantized", "decoded on load"):
+            assert_close(name, result[name], logits, "float32")
+        assert torch.equal(result["ids"], tokens)
+        assert result["gradients"].keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            assert_close(name, result["gradients"][name], gradient, "float32_grad")
+        assert {name: shape for name, shape in result["local"].items() if re.search(CUT, name)} == cut
+        for name, shape in cut.items():  # no more is kept alive
+            assert result["bytes"][name] == model.get_parameter(name).dtype.itemsize * torch.Size(shape).numel(), name
+
+
+CUT = r"^model\.layers\.\d+\.(mlps?|moe|share_expert)\..*_proj"
+
+
+def _of_one_rank(name: str, parameter: torch.Tensor) -> tuple[int, ...]:
+    """The shape of one of two ranks' parts, in whole blocks."""
+    dim, parts = (-1, 1) if "down_proj" in name else (-2, 2 if "gate_up_proj" in name else 1)
+    block = 1 if name.endswith("_scale_inv") else 128
+    shape = list(parameter.shape)
+    shape[dim] = parts * block * math.ceil(shape[dim] / parts / block / 2)
+    return tuple(shape)
+
+
+@pytest.mark.parametrize("family", two_ranks.TENSOR_PARALLEL)
+def test_tensor_parallel_fp8_saves_the_checkpoint(family, ranks, checkpoints):
+    _assert_same_files(checkpoints / f"tp_{family}_again", checkpoints / f"tp_{family}", exact=False)
+    model = AutoModelForCausalLM.from_pretrained(checkpoints / f"tp_{family}_decoded", dtype=torch.float32)
+    wanted = AutoModelForCausalLM.from_pretrained(checkpoints / f"tp_{family}", dtype=torch.float32, dequantize=True)
+    assert not hasattr(model.config, "quantization_config")
+    _assert_same_state(two_ranks.plain_state(model), two_ranks.plain_state(wanted), "exact")
+
+
+def test_tensor_parallel_quantised_on_load(ranks, checkpoints):
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoints / "tp_plain", quantization_config=FineGrainedFP8Config(), dtype=torch.float32
+    )
+    logits = two_ranks.evaluate(model, random_ids(2, 13, high=100))
+    for rank in ranks:
+        assert_close("logits", rank["tp on load"], logits, "float32")
+
+
+def test_what_tensor_parallelism_cannot_do_with_fp8_is_refused(ranks):
+    for rank in ranks:
+        messages = rank["refused"]
+        assert set(messages) == {"cut", "adapter", "distributed checkpoint"}
+        for word in ("layers.0.self_attn.o_proj.weight", "128 columns", "2 ranks", "ep_size", "dequantize=True"):
+            assert word in messages["cut"]
+        assert "ep_size=N" in messages["adapter"]
+        assert "`distributed_checkpoint`" in messages["distributed checkpoint"]
 
 
 @pytest.mark.parametrize(

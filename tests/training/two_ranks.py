@@ -6,6 +6,7 @@ Started by `test_two_processes.py` as `python two_ranks.py FOLDER`, with the ran
 import os
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -17,7 +18,7 @@ from tiny_step3 import text_model  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config  # noqa: E402
 from transformers.distributed import DistributedConfig  # noqa: E402
 
 from hf_moe.training.balance import BalanceOptions, RouterBalance  # noqa: E402
@@ -28,6 +29,9 @@ STEPS, ROWS, LENGTH = 2, 4, 5  # rows of all ranks and micro-batches; so few tok
 DDP_FAMILIES = ("deepseek_v3", "deepseek_v2", "longcat_flash", "step3")
 ADAPTER_FAMILIES = ("deepseek_v3", "longcat_flash", "step3")
 EXPERT_PARALLEL = ("deepseek_v3", "longcat_flash", "step3", "fp8")
+# FP8 checkpoints: goldens, whose widths leave ranks with padding, and one with several blocks to a rank.
+TENSOR_PARALLEL = ("v3_fp8", "longcat_fp8", "step3_fp8", "blocks")
+BLOCKS = {"hidden_size": 136, "intermediate_size": 512, "moe_intermediate_size": 600, "vocab_size": 128}
 OPTIONS = {
     "deepseek_v3": BalanceOptions(bias_update_rate=0.01, sequence_loss=0.1),
     "deepseek_v2": BalanceOptions(expert_loss=0.1, device_loss=0.1, communication_loss=0.1),
@@ -95,6 +99,7 @@ def data_parallel(family: str, optimizer: str, micro_batches: int, rank: int) ->
 def expert_parallel(family: str, folder: Path, rank: int) -> dict:
     """Logits, loss and gradients of the checkpoint with its experts on two ranks."""
     model = load_by_expert(folder / f"{family}_checkpoint")
+    model.save_pretrained(folder / f"{family}_checkpoint_again")
     ids = random_ids(2, 13, high=60)
     with torch.no_grad():
         result = {"logits": model.eval()(input_ids=ids).logits}
@@ -104,6 +109,65 @@ def expert_parallel(family: str, folder: Path, rank: int) -> dict:
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     whole = lambda tensor: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # noqa: E731
     return {**result, "gradients": {name: whole(gradient) for name, gradient in gradients.items()}}
+
+
+def tensor_parallel(family: str, folder: Path, rank: int) -> dict:
+    """What an FP8 checkpoint does with its matrices cut among both ranks; writes it anew, as it was and decoded."""
+    path, ids = folder / f"tp_{family}", random_ids(2, 13, high=100)
+    load = partial(AutoModelForCausalLM.from_pretrained, path, distributed_config=DistributedConfig(tp_size=2))
+    model = load(dtype=torch.float32)
+    result = {"logits": evaluate(model, ids), "ids": generate(model, ids)}
+    shapes = {name: tuple(p.to_local().shape) for name, p in model.named_parameters() if hasattr(p, "to_local")}
+    storages = {name: p.to_local().untyped_storage().nbytes() for name, p in model.named_parameters() if name in shapes}
+    result |= {"local": shapes, "bytes": storages}
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    whole = lambda tensor: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # noqa: E731
+    result["gradients"] = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    model.save_pretrained(folder / f"tp_{family}_again")
+    result["dequantized"] = evaluate(model.dequantize(), ids)
+    model.save_pretrained(folder / f"tp_{family}_decoded")
+    result["decoded on load"] = evaluate(load(dtype=torch.float32, dequantize=True), ids)
+    return result
+
+
+def evaluate(model, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+def generate(model, ids: torch.Tensor) -> torch.Tensor:
+    """Greedy tokens; with the MTP layers, if there are any."""
+    use_mtp = {"use_mtp": True} if getattr(model.config, "num_nextn_predict_layers", 0) else {}
+    return model.generate(ids, max_new_tokens=6, do_sample=False, **use_mtp)
+
+
+def quantized_on_load(folder: Path, rank: int) -> torch.Tensor:
+    """Logits of a plain checkpoint of which each rank quantises its part."""
+    config = DistributedConfig(tp_size=2)
+    request = FineGrainedFP8Config()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "tp_plain", distributed_config=config, quantization_config=request, dtype=torch.float32
+    )
+    assert model.model.layers[1].mlp.experts.down_proj.dtype == torch.float8_e4m3fn
+    return evaluate(model, random_ids(2, 13, high=100))
+
+
+def refused(folder: Path) -> dict[str, str]:
+    """Messages of what tensor parallelism cannot do with FP8 weights."""
+    path, messages = folder / "tp_v3_fp8", {}
+    plan = {"model.layers.*.self_attn.o_proj": "rowwise"}
+    config = DistributedConfig(tp_size=2, tp_plan=plan)
+    calls = {"cut": partial(AutoModelForCausalLM.from_pretrained, path, distributed_config=config)}
+    model = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto")
+    model.save_pretrained(folder / "tp_v3_fp8_as_stored_again")
+    calls["adapter"] = partial(with_adapter, model)
+    calls["distributed checkpoint"] = partial(model.save_pretrained, folder / "dcp", distributed_checkpoint=True)
+    for name, call in calls.items():
+        try:
+            call()
+        except ValueError as error:
+            messages[name] = str(error)
+    return messages
 
 
 def with_adapter(model):
@@ -234,6 +298,10 @@ def main(folder: Path) -> None:
     for family in EXPERT_PARALLEL:
         if (folder / f"{family}_checkpoint").exists():
             results[f"ep {family}"] = expert_parallel(family, folder, rank)
+    for family in TENSOR_PARALLEL:
+        results[f"tp {family}"] = tensor_parallel(family, folder, rank)
+    results["tp on load"] = quantized_on_load(folder, rank)
+    results["refused"] = refused(folder)
     results["ep lora fp8"] = adapter("fp8", folder, rank)
     for family in ADAPTER_FAMILIES:
         results[f"ddp lora {family}"] = adapter(family, None, rank)
