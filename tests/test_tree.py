@@ -274,6 +274,20 @@ def test_host_conversion_operations():
     assert parameters(WeightConverter)[:3] == ["source_patterns", "target_patterns", "operations"]
 
 
+def test_host_tensor_parallelism():
+    """FP8 modules ask for plain tensors in their products; parameters and states to save pass through our hands."""
+    from transformers.integrations.tensor_parallel import ColwiseParallel, RowwiseParallel
+
+    assert parameters(PreTrainedModel.maybe_distribute_model)[:2] == ["model", "distributed_config"]
+    gather = parameters(PreTrainedModel.gather_sharded_state_dict_for_save)
+    assert gather == ["self", "model_to_save", "state_dict", "distributed_config", "save_on_this_rank"]
+    for style in (ColwiseParallel(), RowwiseParallel()):
+        module = torch.nn.Linear(2, 2)
+        assert not style.should_use_local_tensors(module)
+        module._hf_quantized_needs_local_tp = True
+        assert style.should_use_local_tensors(module)
+
+
 def test_host_experts_interface():
     from transformers.integrations import use_experts_implementation
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS

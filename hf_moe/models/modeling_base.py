@@ -373,13 +373,14 @@ class MoePreTrainedModel(PreTrainedModel):
     def gather_sharded_state_dict_for_save(
         self, model_to_save, state_dict: dict[str, Any], distributed_config: Any, *, save_on_this_rank: bool = True
     ) -> dict[str, Any]:
-        """As in Transformers, also for FP8 tensors and padded ones; ranks that write nothing hold one at a time."""
+        """As in Transformers, also for FP8 and padded tensors; ranks that write nothing hold one at a time."""
         shapes = {
             f"{name}.{parameter}": (shape, module.fp8_parts[parameter.removesuffix(SCALE_SUFFIX)])
             for name, module in model_to_save.named_modules()
             for parameter, shape in getattr(module, "unpadded_shapes", {}).items()
         }
-        if distributed_config is not None and (shapes or any(model_to_save._fp8_modules())):
+        sizes = {name: getattr(distributed_config, name, None) or 1 for name in ("tp_size", "dp_size", "fsdp_size")}
+        if sizes.pop("tp_size") > 1 and set(sizes.values()) == {1}:
             return gather_state_dict(state_dict, shapes, save_on_this_rank)
         return super().gather_sharded_state_dict_for_save(
             model_to_save, state_dict, distributed_config, save_on_this_rank=save_on_this_rank

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from .op_quant import FP8
 from .weights_safetensors import slice_ranges
@@ -87,9 +88,18 @@ def gather_state_dict(
 
 
 def _full_tensor(tensor) -> torch.Tensor:
-    if not tensor.dtype.is_floating_point or tensor.dtype.itemsize > 1:
+    """A `DTensor` joined. Parts of one size go as bytes: not every backend moves FP8, and in torch 2.11 `full_tensor`
+    refuses parts of stacked matrices, as those of experts' gate and up rows are."""
+    placement = tensor.placements[0]
+    if len(tensor.placements) > 1 or not hasattr(placement, "dim"):
         return tensor.full_tensor()
-    # As bytes: not every backend gathers FP8.
-    part, layout = tensor.detach().to_local().view(torch.uint8), (tensor.device_mesh, tensor.placements)
-    whole = type(tensor).from_local(part, *layout, run_check=False, shape=tensor.shape, stride=tensor.stride())
-    return whole.full_tensor().view(tensor.dtype)
+    group, dim = tensor.device_mesh.get_group(), placement.dim % tensor.ndim
+    stacked = getattr(placement, "split_factor", 1)
+    ranks = dist.get_world_size(group)
+    if tensor.shape[dim] % (stacked * ranks):
+        return tensor.full_tensor()
+    own = tensor.detach().to_local().contiguous().view(torch.uint8)
+    parts = [torch.empty_like(own) for _ in range(ranks)]
+    dist.all_gather(parts, own, group=group)
+    matrices = torch.cat([part.unflatten(dim, (stacked, -1)) for part in parts], dim=dim + 1)
+    return matrices.flatten(dim, dim + 1).view(tensor.dtype)
