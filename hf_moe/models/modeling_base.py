@@ -543,8 +543,9 @@ def _targets(
 def _pad_to_ranks(model: MoePreTrainedModel, tensors: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """The tensors to load, those of padded parameters as large as these."""
     padded = {name: module for name, module in model.named_modules() if getattr(module, "unpadded_shapes", None)}
-    output = dict(tensors)
-    weights = [name for name in tensors if name + SCALE_SUFFIX in tensors] if padded else []
+    if not padded:
+        return tensors
+    output, weights = dict(tensors), [name for name in tensors if name + SCALE_SUFFIX in tensors]
     for weight, stem, parameter in _targets(model, weights, options["key_mapping"]):
         for suffix in ("", SCALE_SUFFIX):
             module, name, target = padded.get(stem), weight + suffix, parameter + suffix
