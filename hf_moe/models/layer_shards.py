@@ -57,7 +57,8 @@ def _fit(name: str, module: Fp8Module, parameter: str, inner: int | None) -> Non
         size = shape[dim] // stacked
         mixed = getattr(placement, "split_factor", 1) != stacked
         if mixed or (size % unit and dim != inner):
-            what = "gate and up rows alike" if mixed else f"{size} {'rows' if of_rows else 'columns'} inside of a block"
+            unfit = f"{size} {'rows' if of_rows else 'columns'} inside of a block"
+            what = f"{parts} matrices in other places than their own" if mixed else unfit
             raise ValueError(
                 f"Tensor parallelism over {mesh.size()} ranks would cut {what}, in FP8 tensor {name}. Use fewer ranks, "
                 "leave it out of `tp_plan`, share out whole experts (`DistributedConfig(tp_size=N, ep_size=N)`), or "

@@ -187,7 +187,7 @@ class SlicedTensor:
     def unbind(self, dim: int = 0) -> list["SlicedTensor"]:
         """The same part of each slice along the first dimension."""
         (start, stop), *inner = self.ranges
-        return [SlicedTensor(slice, tuple(inner)) for slice in self.whole.unbind(dim)[start:stop]]
+        return [SlicedTensor(part, tuple(inner)) for part in self.whole.unbind(dim)[start:stop]]
 
     def read_into(self, target: torch.Tensor) -> None:
         """Reads the part into `target`, of its shape."""

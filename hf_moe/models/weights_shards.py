@@ -78,7 +78,7 @@ def gather_state_dict(
     output = {}
     for name, tensor in state_dict.items():
         if hasattr(tensor, "placements"):
-            tensor = _full_tensor(tensor)
+            tensor = _full_tensor(tensor, keep)
         if keep and isinstance(tensor, torch.Tensor):
             tensor = tensor.detach().cpu()
             tensor = (unpad(tensor, *unpadded[name]) if name in unpadded else tensor).contiguous()
@@ -87,9 +87,9 @@ def gather_state_dict(
     return output
 
 
-def _full_tensor(tensor) -> torch.Tensor:
-    """A `DTensor` joined. Parts of one size go as bytes: not every backend moves FP8, and in torch 2.11 `full_tensor`
-    refuses parts of stacked matrices, as those of experts' gate and up rows are."""
+def _full_tensor(tensor, keep: bool) -> torch.Tensor | None:
+    """A `DTensor` joined, if this rank is to `keep` it. Parts of one size go as bytes: not every backend moves FP8, and
+    in torch 2.11 `full_tensor` refuses parts of stacked matrices, as those of experts' gate and up rows are."""
     placement = tensor.placements[0]
     if len(tensor.placements) > 1 or not hasattr(placement, "dim"):
         return tensor.full_tensor()
@@ -101,5 +101,7 @@ def _full_tensor(tensor) -> torch.Tensor:
     own = tensor.detach().to_local().contiguous().view(torch.uint8)
     parts = [torch.empty_like(own) for _ in range(ranks)]
     dist.all_gather(parts, own, group=group)
-    matrices = torch.cat([part.unflatten(dim, (stacked, -1)) for part in parts], dim=dim + 1)
+    if not keep:
+        return None
+    matrices = torch.cat([part.cpu().unflatten(dim, (stacked, -1)) for part in parts], dim=dim + 1)
     return matrices.flatten(dim, dim + 1).view(tensor.dtype)

@@ -233,7 +233,8 @@ def test_tensor_parallel_quantised_on_load(ranks, checkpoints):
 def test_what_tensor_parallelism_cannot_do_with_fp8_is_refused(ranks):
     for rank in ranks:
         messages = rank["refused"]
-        assert set(messages) == {"cut", "adapter", "distributed checkpoint"}
+        assert set(messages) == {"cut", "mixed", "adapter", "distributed checkpoint"}
+        assert "2 matrices in other places" in messages["mixed"] and "experts.gate_up_proj" in messages["mixed"]
         for word in ("layers.0.self_attn.o_proj.weight", "128 columns", "2 ranks", "ep_size", "dequantize=True"):
             assert word in messages["cut"]
         assert "ep_size=N" in messages["adapter"]

@@ -155,9 +155,14 @@ def quantized_on_load(folder: Path, rank: int) -> torch.Tensor:
 def refused(folder: Path) -> dict[str, str]:
     """Messages of what tensor parallelism cannot do with FP8 weights."""
     path, messages = folder / "tp_v3_fp8", {}
-    plan = {"model.layers.*.self_attn.o_proj": "rowwise"}
-    config = DistributedConfig(tp_size=2, tp_plan=plan)
-    calls = {"cut": partial(AutoModelForCausalLM.from_pretrained, path, distributed_config=config)}
+    plans = {
+        "cut": {"model.layers.*.self_attn.o_proj": "rowwise"},
+        "mixed": {"model.layers.*.mlp.experts.gate_up_proj": "colwise"},
+    }
+    calls = {}
+    for name, plan in plans.items():
+        config = DistributedConfig(tp_size=2, tp_plan=plan)
+        calls[name] = partial(AutoModelForCausalLM.from_pretrained, path, distributed_config=config)
     model = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto")
     model.save_pretrained(folder / "tp_v3_fp8_as_stored_again")
     calls["adapter"] = partial(with_adapter, model)
