@@ -3,7 +3,7 @@
 import aot_cases_dense
 import torch
 
-from hf_moe.models import kernel_experts, kernel_experts_backward, kernel_routing
+from hf_moe.models import kernel_combine, kernel_experts, kernel_experts_backward, kernel_routing
 
 EXPERTS, TOP_K, HIDDEN, INTER = 256, 8, 7168, 2048
 # Token counts that reach each number of rows per tile.
@@ -52,7 +52,7 @@ def forward(dtype: torch.dtype, rows: tuple[int, ...], weights: tuple) -> None:
         options = {"to_slots": True, "factors": empty(tokens * TOP_K, dtype=torch.float32)}
         out_dtype = torch.float32 if block_m == 16 else dtype
         out = kernel_experts.multiply_rows(inner, down, down_scale, layout, TOP_K, out_dtype=out_dtype, **options)
-        kernel_experts.combine(out, empty(tokens, TOP_K, dtype=torch.int64), EXPERTS, dtype)
+        kernel_combine.combine(out, empty(tokens, TOP_K, dtype=torch.int64), EXPERTS, dtype)
 
 
 def w8a16(capability: int) -> None:
@@ -130,7 +130,9 @@ def training(dtype: torch.dtype, block_m: int, weights: tuple, rank: int = 0, dr
     multiply(x, down_b, None, layout, TOP_K, gather=True, transposed=True, **options)
     multiply(pre, gate_up_b, None, layout, TOP_K, transposed=True, **options)
     if dropout:
-        multiply(low, gate_up_a, None, layout, TOP_K, transposed=True, to_slots=True, **options)
+        rows = multiply(low, gate_up_a, None, layout, TOP_K, transposed=True, to_slots=True, **options)
+        sums = {"kept": empty(tokens, HIDDEN, dtype=torch.bool), "base": empty(tokens, HIDDEN, dtype=torch.float32)}
+        kernel_combine.combine(rows, empty(tokens, TOP_K, dtype=torch.int64), EXPERTS, dtype, **sums)
     outer(low, inner, layout, TOP_K, **options)
     outer(x, low, layout, TOP_K, gather_left=True, factors=factors, **options)
     outer(low, x, layout, TOP_K, gather_right=True, **options)

@@ -97,6 +97,16 @@ class Case:
             moved["lora"] = replace(self.lora, **{name: value.to(device) for name, value in tensors.items()})
         return replace(self, **moved)
 
+    def widened(self) -> "Case":
+        """The same values in float32: what a 16-bit result is compared with has no rounding of its own."""
+        low = (torch.bfloat16, torch.float16)
+        wide = {name: t.float() for name, t in vars(self).items() if isinstance(t, torch.Tensor) and t.dtype in low}
+        if self.lora is not None:
+            names = ("gate_up_a", "gate_up_b", "down_a", "down_b")
+            factors = {name: getattr(self.lora, name) for name in names if getattr(self.lora, name) is not None}
+            wide["lora"] = replace(self.lora, **{name: factor.float() for name, factor in factors.items()})
+        return replace(self, **wide) if self.hidden_states.dtype in low else self
+
 
 def quantize_blocks(weight: torch.Tensor, parts: int = 1, ue8m0: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """(E, O, I) to e4m3 and scales (E, parts * ceil(O / parts / 128), ceil(I / 128)), block by block."""
@@ -205,5 +215,6 @@ def run_with_gradients(function, case: Case) -> dict[str, torch.Tensor]:
         arguments["lora"] = replace(case.lora, **factors)
     output = function(*arguments.values())
     generator = torch.Generator().manual_seed(3)
-    output.backward(torch.randn(output.shape, generator=generator).to(output))
+    seed = torch.randn(output.shape, generator=generator).bfloat16()  # the same in every dtype
+    output.backward(seed.to(output))
     return {"output": output, **{f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}}

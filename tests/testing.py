@@ -26,13 +26,14 @@ TOL = {
     "bfloat16": 1e-2,
     # Gradients that went through several bfloat16 products, each rounded on its way.
     "bfloat16_grad": 2e-2,
-    # Experts on kernels: every product summed in float32, rounded once per stored tensor.
+    # Experts, outputs and gradients: every product summed in float32, rounded once per stored tensor.
     "float64_experts": 1e-12,
     "float32_experts": 1e-5,
     "float16_experts": 1e-3,
-    "float16_experts_grad": 2e-3,
     "bfloat16_experts": 5e-3,
-    "bfloat16_experts_grad": 8e-3,
+    # With LoRA on the CPU, a low-rank product and an activation are stored, and rounded, once more than in the kernels:
+    # 6.2e-3 at most, with one token.
+    "bfloat16_experts_cpu_lora": 7e-3,
     "fp8_experts": 1e-2,
 }
 

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .kernel_experts import combine, gate_up, multiply_rows
+from .kernel_combine import combine
+from .kernel_experts import gate_up, multiply_rows
 from .kernel_experts_backward import inner_grad, sum_outer
 from .kernel_fp8 import quantize_rows as quantize_on_kernel
 from .kernel_routing import Layout, build_layout
@@ -62,6 +63,13 @@ class ExpertLora:
     @property
     def kept_factor(self) -> float:
         return 1.0 / (1.0 - self.dropout) if self.dropout < 1.0 else 0.0
+
+    @property
+    def alphas(self) -> tuple[float, float]:
+        """Factor of both low-rank products, with that of dropout: applied to sums, it costs no rounding of its own."""
+        masks = (self.kept_hidden, self.kept_inner)
+        scalings = (self.gate_up_scaling, self.down_scaling)
+        return tuple(s if kept is None else s * self.kept_factor for s, kept in zip(scalings, masks))
 
     def add(self, product: torch.Tensor, rows: torch.Tensor, name: str, expert: int, at: torch.Tensor) -> torch.Tensor:
         """`product`, of one expert's `rows` with its weight, and the low-rank part; `name` is `"gate_up"` or `"down"`,
@@ -174,10 +182,13 @@ def _rows_dtype(dtype: torch.dtype, num_slots: int, hidden: int) -> torch.dtype:
 
 
 def _drop_sorted(inner: torch.Tensor, lora: ExpertLora, order: torch.Tensor) -> torch.Tensor:
-    """What dropout leaves of sorted inner rows; rows of no expert stay whatever memory held."""
-    if lora.kept_inner is None:
-        return inner
-    return torch.where(lora.kept_inner[order], inner * lora.kept_factor, 0)
+    """What dropout leaves of sorted inner rows, without its factor; rows of no expert stay whatever memory held."""
+    return inner if lora.kept_inner is None else torch.where(lora.kept_inner[order], inner, 0)
+
+
+def _drop_hidden(hidden: torch.Tensor, lora: ExpertLora) -> torch.Tensor:
+    """What dropout leaves of the tokens, without its factor."""
+    return hidden if lora.kept_hidden is None else torch.where(lora.kept_hidden, hidden, 0)
 
 
 def _in_dtype(factors, dtype: torch.dtype) -> list[torch.Tensor | None]:
@@ -194,10 +205,10 @@ def _forward(hidden, topk_weights, gate_up_proj, down_proj, factors, plan: _Plan
     layout = build_layout(plan.topk_indices, num_experts, tile_rows(tokens * top_k, num_experts, dtype))
     gate_up_a, gate_up_b, down_a, down_b = factors
     low = low_inner = None
-    dropped = hidden if lora.kept_hidden is None else hidden * lora.kept_hidden * lora.kept_factor
+    gate_up_alpha, down_alpha = lora.alphas
     if gate_up_a is not None:
-        options = {"gather": True, "alpha": lora.gate_up_scaling, "out_dtype": dtype}
-        low = multiply_rows(dropped, gate_up_a, None, layout, top_k, **options)  # (N, R)
+        options = {"gather": True, "alpha": gate_up_alpha, "out_dtype": dtype}
+        low = multiply_rows(_drop_hidden(hidden, lora), gate_up_a, None, layout, top_k, **options)  # (N, R)
     rows, x_scale = quantize_on_kernel(hidden, plan.ue8m0) if plan.quantize else (hidden, None)
     inner, pre = gate_up(
         rows,
@@ -214,7 +225,7 @@ def _forward(hidden, topk_weights, gate_up_proj, down_proj, factors, plan: _Plan
     )
     if down_a is not None:
         rows = _drop_sorted(inner, lora, layout.order).to(dtype)
-        low_inner = multiply_rows(rows, down_a, None, layout, top_k, alpha=lora.down_scaling, out_dtype=dtype)
+        low_inner = multiply_rows(rows, down_a, None, layout, top_k, alpha=down_alpha, out_dtype=dtype)
         del rows
     rows_dtype = _rows_dtype(dtype, tokens * top_k, hidden.shape[1])
     # Rows of no expert are quantised as memory holds them, and read by nobody.
@@ -253,11 +264,12 @@ def _backward(ctx, grad_output: torch.Tensor) -> tuple:
     wide = [factor if factor is None else factor.dtype for factor in rest[4:]]  # of the gradients
     needs_hidden, _, needs_gate_up, needs_down, _, *needs_factors = ctx.needs_input_grad
     ids, num_experts, top_k = plan.topk_indices, gate_up_proj.shape[0], plan.topk_indices.shape[1]
+    gate_up_alpha, down_alpha = lora.alphas
     low_grad = low_pre = None
     grads = dict.fromkeys(("hidden", "gate_up", "down", "gate_up_a", "gate_up_b", "down_a", "down_b"))
 
     if down_a is not None:
-        options = {"gather": True, "transposed": True, "alpha": lora.down_scaling, "out_dtype": dtype}
+        options = {"gather": True, "transposed": True, "alpha": down_alpha, "out_dtype": dtype}
         low_grad = multiply_rows(grad_output, down_b, None, layout, top_k, **options)  # (N, R), not yet weighted
     grad_pre, inner, grad_weights = inner_grad(
         grad_output,
@@ -271,7 +283,6 @@ def _backward(ctx, grad_output: torch.Tensor) -> tuple:
         low=low_grad,
         lora_a=down_a,
         kept=lora.kept_inner if down_a is not None else None,
-        kept_factor=lora.kept_factor,
     )
     grad_weights = grad_weights.view_as(topk_weights).masked_fill((ids < 0) | (ids >= num_experts), 0.0)
     if needs_down:
@@ -286,12 +297,12 @@ def _backward(ctx, grad_output: torch.Tensor) -> tuple:
     del inner
 
     if gate_up_a is not None:
-        options = {"transposed": True, "alpha": lora.gate_up_scaling, "out_dtype": dtype}
+        options = {"transposed": True, "alpha": gate_up_alpha, "out_dtype": dtype}
         low_pre = multiply_rows(grad_pre, gate_up_b, None, layout, top_k, **options)  # (N, R)
     if needs_gate_up:
         grads["gate_up"] = sum_outer(grad_pre, hidden, layout, top_k, gather_right=True, out_dtype=gate_up_proj.dtype)
     if needs_factors[0]:
-        dropped = hidden if lora.kept_hidden is None else hidden * lora.kept_hidden * lora.kept_factor
+        dropped = _drop_hidden(hidden, lora)
         grads["gate_up_a"] = sum_outer(low_pre, dropped, layout, top_k, gather_right=True, out_dtype=wide[0])
         del dropped
     if needs_factors[1]:
@@ -310,11 +321,11 @@ def _grad_hidden(grad_pre, low_pre, gate_up_proj, gate_up_a, plan: _Plan, layout
     options["out_dtype"] = _rows_dtype(hidden.dtype, ids.numel(), hidden.shape[1])
     fused = {} if low_pre is None or masked else {"low": low_pre, "lora": gate_up_a}
     rows = multiply_rows(grad_pre, gate_up_proj, plan.gate_up_scale, layout, top_k, parts=2, **fused, **options)
-    grad = combine(rows, ids, num_experts, hidden.dtype)
+    grad = combine(rows, ids, num_experts, torch.float32 if masked else hidden.dtype)
     if masked:
         del rows
         rows = multiply_rows(low_pre, gate_up_a, None, layout, top_k, **options)
-        grad += combine(rows, ids, num_experts, hidden.dtype) * lora.kept_hidden * lora.kept_factor
+        grad = combine(rows, ids, num_experts, hidden.dtype, kept=lora.kept_hidden, base=grad)
     return grad
 
 

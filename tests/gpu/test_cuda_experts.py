@@ -26,17 +26,16 @@ fp8_device = pytest.mark.skipif(
 MANY = [Shape(1, 8, 2), Shape(63, 16, 6), Shape(1000, 16, 8, "skipped"), Shape(2048, 8, 6)]
 
 
-def format_of(dtype: torch.dtype, gradient: bool = False) -> str:
-    low = dtype in (torch.bfloat16, torch.float16)
-    return f"{str(dtype).removeprefix('torch.')}_experts{'_grad' if gradient and low else ''}"
+def format_of(dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')}_experts"
 
 
 def compare(case, fmt=None, **options):
     case = case.to("cuda")
-    expected = run_with_gradients(lambda *args: experts(*args, **options, impl="torch"), case)
+    expected = run_with_gradients(lambda *args: experts(*args, **options, impl="torch"), case.widened())
     actual = run_with_gradients(lambda *args: experts(*args, **options, impl="triton"), case)
     for name, tensor in expected.items():
-        form = fmt or format_of(case.hidden_states.dtype, "gradient" in name)
+        form = fmt or format_of(case.hidden_states.dtype)
         assert_close(name, actual[name].cpu(), tensor.cpu(), form)
     return actual
 
