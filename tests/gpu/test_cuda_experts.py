@@ -178,6 +178,15 @@ def test_compiled():
         assert torch.equal(torch.compile(module, fullgraph=True)(*arguments), module(*arguments))
 
 
+@pytest.mark.parametrize("weights, rank", [("plain", 0), ("fp8", 16)])
+def test_compiled_training(weights, rank):
+    case = make_case(Shape(70, 8, 2, "skipped"), 264, 136, torch.bfloat16, weights, rank).to("cuda")
+    expected = run_with_gradients(lambda *arguments: experts(*arguments, impl="triton"), case)
+    compiled = torch.compile(lambda *arguments: experts(*arguments, impl="triton"), fullgraph=True)
+    for name, value in run_with_gradients(compiled, case).items():
+        assert torch.equal(value, expected[name]), name
+
+
 @pytest.mark.parametrize("tokens", [1, 64, 2048])
 def test_deepseek_sizes(tokens):
     """A few experts of DeepSeek-V3: every inner loop at its real length."""
