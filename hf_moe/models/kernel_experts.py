@@ -137,11 +137,14 @@ def product(
     BLOCK_K: tl.constexpr,
     columns=None,  # (BLOCK_N,) of the result
     COLUMNS: tl.constexpr = 0,  # how many there are, if those past the end must not be read
+    piece=0,
+    IS_PIECE: tl.constexpr = False,
 ):
-    """`acc` + rows times weights over DEPTH. FP8 sums are scaled once per step, in float32."""
+    """`acc` + rows times weights over DEPTH, or over the first `piece` of it: whole steps. FP8 sums are scaled once per
+    step, in float32."""
     EVEN_K: tl.constexpr = DEPTH % BLOCK_K == 0
     k = tl.arange(0, BLOCK_K)
-    for start in range(0, DEPTH, BLOCK_K):
+    for start in range(0, piece if IS_PIECE else DEPTH, BLOCK_K):
         x = load_k(x_ptrs, start + k, DEPTH, EVEN_K, 0)
         weight = load_weight(weight_ptrs, start + k, DEPTH, EVEN_K, columns, COLUMNS)
         if WEIGHT:
