@@ -5,7 +5,10 @@ Within `pretend_cuda()`, what is made on or moved to "cuda" is a CPU tensor whos
 Triton's interpreter, which must be on; a launch fails unless every tensor it is given is on the current device. What
 would make the host wait, or cannot be captured into a graph, is listed in `waits`.
 
-As a script it runs another one in this state: python tests/pretend_cuda.py SCRIPT [ARGUMENT ...]
+As a script it runs another one, or a module, in this state:
+
+    python tests/pretend_cuda.py SCRIPT [ARGUMENT ...]
+    python tests/pretend_cuda.py -m pytest tests/gpu
 """
 
 import contextlib
@@ -334,10 +337,15 @@ def pretend_cuda(capability: tuple[int, int] = (9, 0), processors: int = 3) -> I
 
 
 def main() -> None:
-    script, sys.argv = sys.argv[1], sys.argv[1:]
-    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+    del sys.argv[0]
+    if sys.argv[0] == "-m":
+        del sys.argv[0]
+        with pretend_cuda():
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        return
+    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
     with pretend_cuda():
-        runpy.run_path(script, run_name="__main__")
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,13 @@ MODELS = {
 }
 TOKENS = (1, 4, 16, 64, 4096, 8192)
 # Sizes at which the script itself can be tried anywhere.
-DRY_MODELS, DRY_TOKENS = {"deepseek_v3": (8, 256, 128, 2), "step3": (4, 136, 72, 2)}, (1, 3, 20)
+DRY_MODELS = {
+    "deepseek_v3": (8, 256, 128, 2),
+    "kimi_k2": (12, 256, 128, 2),
+    "step3": (4, 136, 72, 2),
+    "longcat_flash": (16, 192, 128, 3),
+}
+DRY_TOKENS = (1, 3, 20)
 # Gathering a weight matrix per routed row: more rows than these do not fit.
 MAX_BATCHED_ROWS = 64
 # Calls that warm up, and calls that are timed; of the native backends, and in a dry run, fewer.
@@ -155,6 +161,10 @@ class Case:
     def call(self, quantize: bool):
         return experts(*self.arguments, quantize=quantize, impl="triton")
 
+    def compile(self, quantize: bool) -> dict:
+        self.call(quantize)
+        return {"tokens": self.tokens, "quantize": quantize}
+
     def measure(self, quantize: bool, peak: dict) -> dict:
         error = check(self.call(quantize), self.arguments, quantize=quantize)
         if not error < 1e-2:
@@ -203,18 +213,23 @@ def layer_rows(name: str, sizes: tuple, token_counts: tuple, fp8: bool, peak: di
             yield row if fp8 else row | case.measure_native()
 
 
-def warm(models: dict) -> None:
-    """Compiles what `layer_rows` launches: kernels do not depend on the number of experts, their tiles on rows each."""
+def warm(models: dict, token_counts: tuple) -> bool:
+    """Compiles what `layer_rows` launches: kernels do not depend on the number of experts, their tiles on rows each.
+    Returns whether something failed."""
+    failed = False
     for _, (num_experts, hidden, inter, top_k) in models.items():
         part = 8 if num_experts >= 256 else 4
         few = max(top_k, num_experts // part)
         for fp8 in (False, True):
             weights = make_weights(few, hidden, inter, fp8)
-            for tokens in dict.fromkeys(max(1, tokens // part) for tokens in TOKENS):
+            for tokens in dict.fromkeys(max(1, tokens // part) for tokens in token_counts):
                 case = Case((few, hidden, inter, top_k), tokens, weights)
                 for quantize in case.kinds().values():
-                    print(json.dumps(attempt(lambda case=case, quantize=quantize: case.call(quantize) and {})))
+                    row = attempt(lambda case=case, quantize=quantize: case.compile(quantize))
+                    failed |= "failed" in row
+                    print(json.dumps(row))
     torch.cuda.synchronize()
+    return failed
 
 
 def lora_row(fold: bool, sizes: tuple = (128, 2048, 768, 8, 16, 4096)) -> dict:
@@ -263,8 +278,7 @@ def main() -> None:
     table, token_counts = (DRY_MODELS, DRY_TOKENS) if args.dry else (MODELS, TOKENS)
     models = {name: table[name] for name in args.models if name in table}
     if args.warm:
-        warm(models)
-        return
+        sys.exit(warm(models, token_counts))
     peak = {
         "copy bytes/s": copy_bandwidth("cuda", 16 if args.dry else 1024),
         "dense bf16 FLOP/s": dense_rate(256 if args.dry else 8192),

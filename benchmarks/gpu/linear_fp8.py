@@ -88,12 +88,14 @@ def main() -> None:
     parser.add_argument("--warm", action="store_true", help="only compile")
     args = parser.parse_args()
     bandwidth = 0.0 if args.warm else copy_bandwidth(args.device, args.megabytes)
-    table = []
+    table, failed = [], False
     for name in args.layers:
         sizes = LAYERS.get(name) or tuple(map(int, name.split("x")))
         for rows in args.rows:
             if args.warm:
-                print(name, rows, attempt(lambda sizes=sizes, rows=rows: cases(rows, *sizes, args.device, 2)))
+                forms = attempt(lambda sizes=sizes, rows=rows: cases(rows, *sizes, args.device, 2))
+                failed |= "failed" in forms
+                print(name, rows, forms.get("failed", "compiled"))
                 continue
             row = {"layer": name, "rows": rows, "copy GB/s": bandwidth / 1e9}
             row |= attempt(lambda sizes=sizes, rows=rows: measure(rows, sizes, args.device, bandwidth))
@@ -101,6 +103,7 @@ def main() -> None:
             save("linear_fp8", table, args.device, args.out)
     if table:
         report("linear_fp8", table, args.device, args.out)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

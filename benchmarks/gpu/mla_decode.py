@@ -122,7 +122,7 @@ def main() -> None:
             if not args.warm:
                 save("mla_kernel", rows, args.device, args.out)
     if args.warm:
-        return
+        sys.exit(any("failed" in row for row in rows))
     heads = {"num_attention_heads": args.heads, "num_key_value_heads": args.heads}
     sizes = {"hidden_size": args.hidden, "num_hidden_layers": 1, "n_group": 1, "topk_group": 1, **heads}
     rows = []

@@ -68,6 +68,11 @@ QUEUE = [
 WARM = [["benchmarks/gpu/expert_kernels.py", "--warm", "--models", name] for name in ("deepseek_v3", "longcat_flash")]
 WARM += [["benchmarks/gpu/expert_kernels.py", "--warm", "--models", name] for name in ("kimi_k2", "step3")]
 WARM += [["benchmarks/gpu/linear_fp8.py", "--warm"], ["benchmarks/gpu/mla_decode.py", "--warm"]]
+DRY_WARM = [["benchmarks/gpu/expert_kernels.py", "--warm", "--dry"]]
+DRY_WARM += [["benchmarks/gpu/linear_fp8.py", "--warm", "--rows", "2", "--layers", "40x136"]]
+DRY_WARM += [["benchmarks/gpu/mla_decode.py", "--warm", *TINY_MLA]]
+# Of the tests a dry run collects all, and runs the experts' with a few tokens.
+DRY_TESTS = ["tests/gpu/test_cuda_experts.py", "-k", "T1-E or T0- or T5- or T17-"]
 
 
 class Queue:
@@ -110,7 +115,7 @@ class Queue:
     def command(self, part: Part, folder: str) -> list[str]:
         if part.name == "tests":
             if self.dry:
-                return [*part.command, "--collect-only"]
+                return ["tests/pretend_cuda.py", *part.command[: -len(TESTS)], *DRY_TESTS]
             workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
             return [*part.command, *workers]
         if self.dry:
@@ -152,6 +157,8 @@ def main() -> int:
                 for process in warming:
                     stop(process)
             queue.run(part)
+        for number, command in enumerate(DRY_WARM if args.dry else ()):
+            queue.run(Part(f"warm_{number}", 0.0, command[:1], command[1:]))
     finally:
         for process in warming:
             stop(process)

@@ -133,7 +133,7 @@ def dequantize_kernel(
     tl.store(out_ptr + place, narrow(value * scale, out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit_for_any("num_rows", "piece")
+@jit_for_any("num_rows", "blocks")
 def linear_kernel(
     x_ptr,  # (M, DEPTH)
     x_scale_ptr,  # (M, ceil(DEPTH / 128)) float32 for FP8 rows, or unused
@@ -142,7 +142,7 @@ def linear_kernel(
     bias_ptr,  # (OUT,), or unused
     out_ptr,  # (SPLITS, M, OUT)
     num_rows,
-    piece,  # of the inner dimension, for each of the SPLITS programs of a tile: whole blocks of scales
+    blocks,  # of scales along the inner dimension, for each of the SPLITS programs of a tile
     DEPTH: tl.constexpr,
     OUT: tl.constexpr,
     IS_SPLIT: tl.constexpr,
@@ -165,6 +165,7 @@ def linear_kernel(
     tiles_m = tl.cdiv(num_rows, BLOCK_M)
     tiles_n: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     split = tl.program_id(1)
+    piece = blocks * _SCALE_BLOCK  # so written, the compiler sees what it is a multiple of
     start = split * piece if IS_SPLIT else 0
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         m, n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
@@ -367,7 +368,7 @@ def multiply(
         bias if splits == 1 else None,
         target,
         num_rows,
-        depth // splits,
+        depth // SCALE_BLOCK // splits,
         DEPTH=depth,
         OUT=width,
         IS_SPLIT=splits > 1,
