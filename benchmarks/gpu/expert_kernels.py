@@ -40,9 +40,9 @@ TOKENS = (1, 4, 16, 64, 4096, 8192)
 # Sizes at which the script itself can be tried anywhere.
 DRY_MODELS = {
     "deepseek_v3": (8, 256, 128, 2),
-    "kimi_k2": (12, 256, 128, 2),
+    "kimi_k2": (6, 136, 72, 2),
     "step3": (4, 136, 72, 2),
-    "longcat_flash": (16, 192, 128, 3),
+    "longcat_flash": (8, 136, 40, 3),
 }
 DRY_TOKENS = (1, 3, 20)
 # Gathering a weight matrix per routed row: more rows than these do not fit.
