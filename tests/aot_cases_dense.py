@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_moe.models import kernel_fp8, kernel_mla
+from hf_moe.models import kernel_fp8, kernel_mla, kernel_prefill
 
 FP8 = torch.float8_e4m3fn
 # Output and input features: kv_a_proj_with_mqa, and sizes that are no multiples of anything.
@@ -50,4 +50,21 @@ def mla_decode(capability: int) -> None:
         kernel_mla.mla_decode(*rows, latent, key_rope, mask, 0.1)
 
 
-CASES = {"fp8_quantisers": fp8_quantisers, "fp8_linear": fp8_linear, "mla_decode": mla_decode}
+def mla_prefill(capability: int) -> None:
+    for queries, masked in ((4096, False), (4096, True), (64, True)):
+        projected, rotated = empty(2, queries, 128, 192), empty(2, queries, 32, 64)
+        expanded, key_rope = empty(2, 8192, 32 * 256), empty(2, 32768, 64)[:, :8192]
+        real = empty(2, 32768, dtype=torch.bool)[:, :8192] if masked else None
+        piece = projected[:, :, :32, :128], rotated, expanded, key_rope, real, 5, 0.1
+        kernel_prefill.mla_prefill(*piece, empty(2, queries, 128, 128)[:, :, :32])
+        sums = empty(2, queries, 32, 128, dtype=torch.float32), empty(2, queries, 32, dtype=torch.float32)
+        for first in (True, False):
+            kernel_prefill.mla_prefill(*piece, *sums, first)
+
+
+CASES = {
+    "fp8_quantisers": fp8_quantisers,
+    "fp8_linear": fp8_linear,
+    "mla_decode": mla_decode,
+    "mla_prefill": mla_prefill,
+}

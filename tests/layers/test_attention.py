@@ -1,12 +1,13 @@
 """Latent attention: the two evaluation orders against each other and against a loop over heads and queries."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from testing import assert_close
 from tiny import left_padded, random_ids, tiny_config, tiny_model
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from hf_moe.models import layer_mla
 from hf_moe.models.configuration_deepseek_v3 import DeepseekV3Config
@@ -334,3 +335,119 @@ def test_a_cached_context_is_expanded_some_heads_at_a_time(monkeypatch):
     monkeypatch.undo()
     with torch.no_grad():
         assert_close("logits", step, model(ids).logits[:, 6:], "float32")
+
+
+# --- a long context, piece by piece -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_is_long(monkeypatch):
+    """A context of 32 tokens counts as long, and its pieces are as small as they get. Yields the shapes attended to."""
+    from hf_moe.models import modeling_decoder, op_prefill
+
+    attend, shapes = op_prefill.attend_piece, []
+    for module in (layer_mla, modeling_decoder):
+        monkeypatch.setattr(module, "LONG_CONTEXT", 32)
+    monkeypatch.setattr(op_prefill, "_PIECE_ELEMENTS", (1, 1))
+    monkeypatch.setattr(op_prefill, "attend_piece", lambda *args: shapes.append(args[2].shape) or attend(*args))
+    return shapes
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "left_padded"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "kimi_k2", "longcat_flash"])
+def test_long_prompts_go_piece_by_piece(family, padded, short_is_long, monkeypatch):
+    """At once, in two parts against a cache of either kind, and the steps that follow: as in one piece."""
+    model = tiny_model(family, attn_implementation="sdpa", mla_mode="expanded", max_position_embeddings=1024)
+    ids, mask = left_padded([random_ids(1, 290)[0], random_ids(1, 560)[0]])
+    if not padded:
+        ids, mask = random_ids(2, 560), None
+    real = torch.ones(2, 560, dtype=torch.bool) if mask is None else mask.bool()
+    with torch.no_grad(), monkeypatch.context() as short:
+        for module in (layer_mla, sys.modules["hf_moe.models.modeling_decoder"]):
+            short.setattr(module, "LONG_CONTEXT", 1 << 20)
+        expected = model(ids, attention_mask=mask).logits
+        assert not short_is_long
+    part = lambda stop: None if mask is None else mask[:, :stop]  # noqa: E731
+    with torch.no_grad():
+        assert_close("logits", model(ids, attention_mask=mask).logits[real], expected[real], "float32")
+        assert max(shape[1] for shape in short_is_long) <= 256 and {shape[2] for shape in short_is_long} == {18}
+        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=700)):
+            short_is_long.clear()
+            parts = [
+                model(ids[:, start:stop], attention_mask=part(stop), past_key_values=cache).logits
+                for start, stop in ((0, 300), (300, 556), (556, 560))
+            ]
+            assert_close("logits", torch.cat(parts, dim=1)[real], expected[real], "float32")
+            assert len(short_is_long) >= 3 * 3 * model.config.num_hidden_layers  # pieces, heads
+
+
+def test_long_prompts_in_bfloat16(short_is_long):
+    attention = make_attention(torch.bfloat16)
+    attention.config._attn_implementation = "sdpa"
+    states, positions = torch.randn(1, 700, 48).bfloat16(), torch.arange(700).unsqueeze(0)
+    cos_sin = tables(attention, positions, torch.bfloat16)
+    with torch.no_grad():
+        pieces, _ = attention(states, cos_sin, None)
+        assert len(short_is_long) == 9
+        wide = copy.deepcopy(attention).double()
+        wide.config._attn_implementation = "eager"
+        mask = additive(causal(1, 700, 700), torch.float64)
+        expected, _ = wide(states.double(), [table.double() for table in cos_sin], mask)
+    assert_close("output", pieces, expected, "bfloat16")
+
+
+@pytest.mark.parametrize("case", ["gradients", "eager", "prepared mask", "packed", "not causal"])
+def test_what_pieces_cannot_do_goes_through_the_interface(case, short_is_long):
+    model = tiny_model(attn_implementation="eager" if case == "eager" else "sdpa", mla_mode="expanded")
+    inputs = {"input_ids": random_ids(2, 40), "attention_mask": torch.ones(2, 40, dtype=torch.long)}
+    inputs["attention_mask"][0, :9] = 0
+    if case == "prepared mask":
+        inputs["attention_mask"] = causal(2, 40, 40)
+    elif case == "packed":
+        positions = torch.arange(20).repeat(2).expand(2, -1)
+        inputs = {"input_ids": inputs["input_ids"], "position_ids": positions, "use_cache": False}
+    elif case == "not causal":
+        model.config.is_causal = False
+    with torch.set_grad_enabled(case == "gradients"):
+        output = model(**inputs).logits
+        assert not short_is_long and output.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["adapted", "fp8"])
+def test_pieces_of_other_projections(kind, short_is_long, monkeypatch):
+    """A wrapped `kv_b_proj` gives all heads at once; an FP8 one whole rows of blocks."""
+    model = tiny_model(attn_implementation="sdpa", mla_mode="expanded")
+    wrapped = []
+    if kind == "adapted":
+
+        class Wrapped(torch.nn.Module):
+            def __init__(self, inner):
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, states):
+                wrapped.append(states.shape)
+                return 1.5 * self.inner(states)
+
+        for layer in model.model.layers:
+            layer.self_attn.kv_b_proj = Wrapped(layer.self_attn.kv_b_proj)
+    else:
+        monkeypatch.setattr(LatentAttention, "_head_step", lambda self: 2)
+    ids = random_ids(1, 300)
+    with torch.no_grad():
+        pieces = model(ids).logits
+        widths = [shape[2] for shape in short_is_long]
+        assert set(widths) == ({54} if kind == "adapted" else {36, 18})
+        assert not wrapped or max(shape[1] for shape in wrapped) == 256
+        model.config.mla_mode = "absorbed"
+        assert_close("logits", pieces, model(ids).logits, "float32")
+
+
+def test_values_wider_and_narrower_than_keys_on_the_cpu():
+    """From 128 queries on, flash attention takes prompts of any length; it knows one width."""
+    for value in (6, 12, 15):
+        model = tiny_model(attn_implementation="sdpa", mla_mode="expanded", v_head_dim=value)
+        eager = tiny_model(attn_implementation="eager", mla_mode="expanded", v_head_dim=value)
+        ids = random_ids(2, 150)
+        with torch.no_grad():
+            assert_close("logits", model(ids).logits, eager(ids).logits, "float32")

@@ -17,7 +17,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 def compiled(request):
     """(capability, one record for each distinct launch)."""
     script = Path(__file__).parents[1] / "aot.py"
-    cases = ["--cases", "fp8_quantisers", "fp8_linear", "mla_decode"]
+    cases = ["--cases", "fp8_quantisers", "fp8_linear", "mla_decode", "mla_prefill"]
     command = [sys.executable, str(script), "--capability", str(request.param), *cases]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -60,3 +60,12 @@ def test_attention_uses_the_tensor_cores_and_copies_ahead(compiled):
         assert launch[{80: "mma", 90: "wgmma", 100: "tcgen05"}[capability] if wide else "mma"], launch
         assert launch["async_copy"], launch
     assert any(launch["constants"]["BLOCK_M"] == 64 for launch in attention)
+
+
+def test_attention_of_prompts_uses_the_tensor_cores_and_copies_ahead(compiled):
+    capability, launches = compiled
+    attention = [launch for launch in launches if launch["kernel"] == "mla_prefill_kernel"]
+    kinds = {tuple(launch["constants"][name] for name in ("HAS_MASK", "IS_FIRST", "IS_PIECE")) for launch in attention}
+    assert kinds == {(masked, first, piece) for masked in (False, True) for first, piece in ((1, 0), (1, 1), (0, 1))}
+    for launch in attention:
+        assert launch[{80: "mma", 90: "wgmma", 100: "tcgen05"}[capability]] and launch["async_copy"], launch
