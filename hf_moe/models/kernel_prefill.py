@@ -64,6 +64,7 @@ def attend_to_tokens(
     query_rope,  # (BLOCK_M, BLOCK_P)
     last_seen,  # (BLOCK_M,) the last token that each query may see
     begin,
+    whole,  # the tokens from `begin` up to here, whole blocks, are seen by all queries
     end,
     tokens,
     expanded_ptr,  # (t, n + v) of one sequence and head
@@ -76,37 +77,34 @@ def attend_to_tokens(
     P: tl.constexpr,
     V: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    TRIANGLE: tl.constexpr,  # some of the tokens lie ahead of some queries, or behind the piece
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_V: tl.constexpr,
 ):
     """Adds the tokens from `begin` to `end` to the sums of one block of queries."""
-    n, p, v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_V)
-    for start in range(begin, end, BLOCK_N):
-        token = start + tl.arange(0, BLOCK_N)
-        place = token
-        if TRIANGLE:
-            place = tl.minimum(token, tokens - 1)
-        expanded_row = expanded_ptr + place[:, None] * expanded_token
-        key = tl.load(expanded_row + n[None, :], mask=n[None, :] < N, other=0.0)
-        key_rope = tl.load(key_rope_ptr + place[:, None] * key_token + p[None, :], mask=p[None, :] < P, other=0.0)
-        scores = dot(query, tl.trans(key), tl.zeros((query.shape[0], BLOCK_N), tl.float32))
-        scores = dot(query_rope, tl.trans(key_rope), scores) * scale
-        if TRIANGLE:
-            scores = tl.where(token[None, :] <= last_seen[:, None], scores, float("-inf"))
-        if HAS_MASK:
-            real = tl.load(real_ptr + token, mask=token < end, other=0) != 0
-            scores = tl.where(real[None, :], scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
-        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # nothing to attend to so far
-        weights = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(largest - shift)
-        total = total * decay + tl.sum(weights, axis=1)
-        value = tl.load(expanded_row + N + v[None, :], mask=v[None, :] < V, other=0.0)
-        acc = dot(narrow(weights, value.dtype), value, acc * decay[:, None])
-        largest = new_largest
+    n, p, v = tl.arange(0, query.shape[1]), tl.arange(0, query_rope.shape[1]), tl.arange(0, acc.shape[1])
+    for triangle in tl.static_range(2):  # tokens that all of the queries see, and the rest
+        for start in range(whole if triangle else begin, end if triangle else whole, BLOCK_N):
+            token = start + tl.arange(0, BLOCK_N)
+            place = token
+            if triangle:
+                place = tl.minimum(token, tokens - 1)
+            expanded_row = expanded_ptr + place[:, None] * expanded_token
+            key = tl.load(expanded_row + n[None, :], mask=n[None, :] < N, other=0.0)
+            key_rope = tl.load(key_rope_ptr + place[:, None] * key_token + p[None, :], mask=p[None, :] < P, other=0.0)
+            scores = dot(query, tl.trans(key), tl.zeros((query.shape[0], BLOCK_N), tl.float32))
+            scores = dot(query_rope, tl.trans(key_rope), scores) * scale
+            if triangle:
+                scores = tl.where(token[None, :] <= last_seen[:, None], scores, float("-inf"))
+            if HAS_MASK:
+                real = tl.load(real_ptr + token, mask=token < end, other=0) != 0
+                scores = tl.where(real[None, :], scores, float("-inf"))
+            new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+            shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # nothing to attend to so far
+            weights = tl.exp2(scores - shift[:, None])
+            decay = tl.exp2(largest - shift)
+            total = total * decay + tl.sum(weights, axis=1)
+            value = tl.load(expanded_row + N + v[None, :], mask=v[None, :] < V, other=0.0)
+            acc = dot(narrow(weights, value.dtype), value, acc * decay[:, None])
+            largest = new_largest
     return acc, largest, total
 
 
@@ -156,8 +154,7 @@ def mla_prefill_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     valid = rows < queries
     rows = tl.minimum(rows, queries - 1)
-    begin = 0
-    end = tl.minimum(tokens, position + tl.minimum(first_row + BLOCK_M, queries))
+    begin, end = 0, tl.minimum(tokens, position + tl.minimum(first_row + BLOCK_M, queries))
     if end <= 0:  # all of the piece lies ahead
         return
     if HAS_MASK:
@@ -176,17 +173,15 @@ def mla_prefill_kernel(
     mask = valid[:, None] & (v[None, :] < V)
     weight_row = (batch * queries + rows) * tl.num_programs(1) + head
 
-    if IS_FIRST:
-        largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    else:
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    if not IS_FIRST:
         largest = tl.load(weight_ptr + weight_row)
         total = tl.where(largest == float("-inf"), 0.0, 1.0)
         acc = tl.load(out_ptr, mask=v[None, :] < V, other=0.0)
     last_seen = tl.minimum(position + rows, tokens - 1)
     seen_by_all = tl.minimum(position + first_row + 1, end) - begin
-    whole = begin + tl.maximum(seen_by_all, 0) // BLOCK_N * BLOCK_N
     acc, largest, total = attend_to_tokens(
         acc,
         largest,
@@ -195,32 +190,7 @@ def mla_prefill_kernel(
         query_rope,
         last_seen,
         begin,
-        whole,
-        tokens,
-        expanded_ptr,
-        key_rope_ptr,
-        real_ptr,
-        expanded_token,
-        key_token,
-        scale,
-        N,
-        P,
-        V,
-        HAS_MASK,
-        False,
-        BLOCK_N,
-        BLOCK_D,
-        BLOCK_P,
-        BLOCK_V,
-    )
-    acc, largest, total = attend_to_tokens(
-        acc,
-        largest,
-        total,
-        query,
-        query_rope,
-        last_seen,
-        whole,
+        begin + tl.maximum(seen_by_all, 0) // BLOCK_N * BLOCK_N,
         end,
         tokens,
         expanded_ptr,
@@ -233,11 +203,7 @@ def mla_prefill_kernel(
         P,
         V,
         HAS_MASK,
-        True,
         BLOCK_N,
-        BLOCK_D,
-        BLOCK_P,
-        BLOCK_V,
     )
     total = tl.where(total == 0.0, 1.0, total)  # nothing seen: the sums are zero, and the logarithm minus infinity
     tl.store(out_ptr, narrow(acc / total[:, None], out_ptr.dtype.element_ty), mask=mask)
