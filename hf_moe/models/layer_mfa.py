@@ -17,6 +17,7 @@ again, `(4 h + 2) T d` or `2 h + 1` times as much: at h = 64, d = 256, T = 16,38
 Shapes: B batch, S new tokens, T context (new tokens included), h query heads, d head_dim.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -28,11 +29,14 @@ from .layer_dense import RMSNorm
 from .layer_linear import Linear
 from .layer_rope import rotate_halves
 from .op_mla import latent_scores, weigh_and_sum
+from .op_prefill import CausalMask
 
 # Under `"sdpa"`, up to so many new tokens against a cache take the rows order. Measured with 64 heads of 256 in
 # bfloat16 against 8,192 tokens, 2 cores: 1.4 against 157 ms for one, 37 against 68 ms for 16, and 243 against 335 ms
 # for 64, where the scores are 8 times the size of the cache.
 _ROWS_MAX_TOKENS = 16
+# Entries of a mask that a block of queries has, where all of them together have none.
+_MASK_ENTRIES = 1 << 24
 
 
 def shared_head_attention(
@@ -92,7 +96,10 @@ class MultiMatrixAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, S, hidden) to (B, S, hidden), and the attention weights (B, h, S, T) where the order has them."""
+        """(B, S, hidden) to (B, S, hidden), and the attention weights (B, h, S, T) where the order has them.
+
+        `attention_mask` is what the attention interface takes, or a `CausalMask`.
+        """
         batch, seq, _ = hidden_states.shape
         cos, sin = position_embeddings
         query = self.wq(self.inter_norm(self.q_proj(hidden_states))).view(batch, seq, -1, self.head_dim)
@@ -104,6 +111,16 @@ class MultiMatrixAttention(nn.Module):
 
         implementation = self.config._attn_implementation or "eager"
         dropout = self.attention_dropout if self.training else 0.0
+        blocks = None
+        if isinstance(attention_mask, CausalMask):
+            context = attention_mask.past + seq
+            key, value = key[:, :, :context], value[:, :, :context]  # a static cache has free slots behind
+            if seq <= _ROWS_MAX_TOKENS:
+                attention_mask = attention_mask.matrix(seq, query.device)
+            elif attention_mask.past or attention_mask.real is not None:
+                blocks, attention_mask = attention_mask, None
+            else:
+                attention_mask = None
         if self._takes_rows(implementation, seq, attention_mask):
             output, weights = shared_head_attention(query, key, value, attention_mask, self.scaling, dropout)
         else:
@@ -111,16 +128,11 @@ class MultiMatrixAttention(nn.Module):
                 heads = query.shape[2]
                 key, value = key.expand(-1, heads, -1, -1), value.expand(-1, heads, -1, -1)
             attention: Callable = ALL_ATTENTION_FUNCTIONS[implementation]
-            output, weights = attention(
-                self,
-                query.transpose(1, 2),
-                key,
-                value,
-                attention_mask,
-                dropout=dropout,
-                scaling=self.scaling,
-                **kwargs,
-            )  # (B, S, h, d)
+            attention = functools.partial(attention, self, dropout=dropout, scaling=self.scaling, **kwargs)
+            if blocks is not None:
+                output, weights = _attend_in_blocks(attention, query, key, value, blocks), None
+            else:
+                output, weights = attention(query.transpose(1, 2), key, value, attention_mask)  # (B, S, h, d)
         return self.o_proj(output.reshape(batch, seq, -1)), weights
 
     def _takes_rows(self, implementation: str, seq: int, attention_mask: torch.Tensor | None) -> bool:
@@ -130,3 +142,22 @@ class MultiMatrixAttention(nn.Module):
         return implementation == "sdpa" and (
             seq == 1 or (seq <= _ROWS_MAX_TOKENS and isinstance(attention_mask, torch.Tensor))
         )
+
+
+def _attend_in_blocks(attention: Callable, query, key, value, mask: CausalMask) -> torch.Tensor:
+    """(B, S, h, d) of queries (B, S, h, d) that attend some at a time, to the keys up to the last one's own."""
+    batch, seq, _, _ = query.shape
+    context = mask.past + seq
+    output, step = torch.empty_like(query), max(64, _MASK_ENTRIES // (batch * context))
+    everything = None if mask.real is None else value[:, :1].mean(2, dtype=torch.float32).unsqueeze(1)  # (B, 1, 1, d)
+    for start in range(0, seq, step):
+        stop = min(start + step, seq)
+        seen = mask.block(start, stop, mask.past + stop, query.device)
+        keys, values = (tensor[:, :, : mask.past + stop] for tensor in (key, value))
+        part, _ = attention(query[:, start:stop].transpose(1, 2), keys, values, seen)
+        if everything is not None:
+            # Padding that sees nothing takes the mean of all values, as under an additive mask and in eager attention.
+            nothing = ~seen.any(-1).view(batch, -1, 1, 1)
+            part = torch.where(nothing, everything.to(part.dtype), part)
+        output[:, start:stop] = part
+    return output

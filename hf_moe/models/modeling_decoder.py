@@ -6,8 +6,8 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from .layer_cache import GrowingLayer
+from .layer_mask import long_mask
 from .layer_mla import absorbed_is_cheaper
-from .op_prefill import LONG_CONTEXT, CausalMask, causal_mask
 
 
 class _BooleanMaskConfig:
@@ -22,32 +22,6 @@ def _grown(cache: Cache | None) -> int:
     """Tokens in a cache that holds all of them and nothing else; 0 for any other one."""
     layer = next(iter(getattr(cache, "layers", ())), None)
     return layer.get_seq_length() if type(layer) is GrowingLayer else 0
-
-
-def long_mask(config, inputs_embeds, attention_mask, past_key_values) -> CausalMask | None:
-    """The mask of a long context as padding and positions, which takes no matrix.
-
-    `None` where it is short, where gradients or tracing need the usual forms, and for masks of other shapes. So it is
-    without mask and cache, too: then positions may mark packed sequences.
-    """
-    seq = inputs_embeds.shape[1]
-    if config._attn_implementation != "sdpa" or not getattr(config, "is_causal", True):
-        return None
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    if attention_mask is None and past_key_values is None:
-        return None
-    if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2):
-        return None
-    slots, offset = (seq, 0) if past_key_values is None else past_key_values.get_mask_sizes(seq, 0)
-    if offset or slots < LONG_CONTEXT:
-        return None
-    past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-    if past + seq < LONG_CONTEXT or past + seq > slots:
-        return None
-    if attention_mask is not None:
-        attention_mask = attention_mask.to(inputs_embeds.device)
-    return causal_mask(attention_mask, past, seq)
 
 
 class LatentDecoderMixin:

@@ -23,6 +23,7 @@ from .layer_cache import adopt_growing_layers
 from .layer_dense import GatedMLP, RMSNorm
 from .layer_experts import Experts
 from .layer_head import LMHead
+from .layer_mask import long_mask
 from .layer_mfa import MultiMatrixAttention
 from .layer_rope import RotaryEmbedding
 from .layer_router import SoftmaxRouter
@@ -176,15 +177,7 @@ class Step3TextModel(Step3TextPreTrainedModel):
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
 
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
-        if attention_mask is not None and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
-            mask = _additive(mask, inputs_embeds.dtype)
+        mask = self._make_mask(inputs_embeds, attention_mask, past_key_values, position_ids)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers:
@@ -197,6 +190,21 @@ class Step3TextModel(Step3TextPreTrainedModel):
                 **kwargs,
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _make_mask(self, inputs_embeds, attention_mask, past_key_values, position_ids):
+        mask = long_mask(self.config, inputs_embeds, attention_mask, past_key_values)
+        if mask is not None:
+            return mask
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if attention_mask is not None and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
+            mask = _additive(mask, inputs_embeds.dtype)
+        return mask
 
 
 class Step3TextForCausalLM(CausalLMMixin, Step3TextPreTrainedModel, GenerationMixin):

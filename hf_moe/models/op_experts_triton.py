@@ -5,7 +5,7 @@ Shapes: T tokens, K choices per token, E experts, H hidden, I intermediate, N = 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,10 +16,13 @@ from .kernel_fp8 import quantize_rows as quantize_on_kernel
 from .kernel_routing import Layout, build_layout
 from .kernel_tiles import tile_rows
 from .op_expert_lora import ExpertLora
-from .triton_compat import converts_fp8, on_device
+from .triton_compat import cdiv, converts_fp8, on_device
 
 # Rows of slots are summed in float32; above so many bytes they wait for it in the dtype of the model.
 _MAX_WIDE_BYTES = 64 << 20
+# Elements of the rows of slots that a pass without gradients holds: 18,724 tokens at DeepSeek-V3's sizes. More tokens
+# are taken in parts, each large enough to be bound by arithmetic.
+_MAX_ROW_ELEMENTS = 1 << 30
 # The tensors with a gradient, in the order of all functions here.
 GRADIENTS = ("hidden", "weights", "gate_up", "down", "gate_up_a", "gate_up_b", "down_a", "down_b")
 
@@ -97,6 +100,21 @@ def forward(inputs: tuple, plan: Plan, save: bool) -> tuple[torch.Tensor, tuple]
     rows = multiply_rows(inner, down_proj, plan.down_scale, layout, top_k, x_scale=x_scale, **options)
     output = combine(rows, plan.topk_indices, num_experts, dtype)
     return output, (layout, pre, low, low_inner)
+
+
+def _forward_in_parts(inputs: tuple, plan: Plan) -> torch.Tensor:
+    """`forward` for the output alone, of so many tokens at a time as `_MAX_ROW_ELEMENTS` allows."""
+    hidden, topk_weights, *weights = inputs
+    (tokens, top_k), lora = plan.topk_indices.shape, plan.lora
+    parts = cdiv(tokens, max(1, _MAX_ROW_ELEMENTS // max(1, top_k * hidden.shape[1])))
+    if parts <= 1 or lora.kept_hidden is not None or lora.kept_inner is not None:
+        return forward(inputs, plan, save=False)[0]
+    output, size = torch.empty_like(hidden), cdiv(tokens, parts)
+    for start in range(0, tokens, size):
+        some = slice(start, start + size)
+        own = replace(plan, topk_indices=plan.topk_indices[some])
+        output[some] = forward((hidden[some], topk_weights[some], *weights), own, save=False)[0]
+    return output
 
 
 class _Experts(torch.autograd.Function):
@@ -223,4 +241,4 @@ def experts_triton(
     with on_device(hidden):
         if with_grad:
             return _Experts.apply(*inputs[:4], plan, *inputs[4:])
-        return forward(inputs, plan, save=False)[0]
+        return _forward_in_parts(inputs, plan)

@@ -6,7 +6,7 @@ from testing import GOLDENS, assert_close, load_golden
 from transformers import AutoModelForCausalLM
 
 import hf_moe  # noqa: F401
-from hf_moe.models import kernel_fp8, layer_mla, op_quant
+from hf_moe.models import kernel_fp8, layer_mla, op_prefill, op_quant
 from hf_moe.models.kernel_mla import mla_decode
 from hf_moe.models.op_fp8 import Fp8Format, fp8_linear
 from hf_moe.models.triton_compat import converts_fp8
@@ -100,6 +100,38 @@ def test_attention_at_real_sizes(context, queries, masked):
     )
     assert_close("attended", output, wanted, "bfloat16")
     assert torch.equal(output, mla_decode(*tensors, mask, 0.1)), "the same inputs gave other bits"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("queries", "context"), [(4096, 4096), (300, 20000), (1, 9000)])
+@torch.no_grad()
+def test_prompts_at_real_sizes(queries, context, masked, monkeypatch):
+    """DeepSeek-V3's heads, 16 of them, against float32 products; the memory is that of a piece."""
+    query, query_rope = random(2, queries, 16, 128), random(2, queries, 16, 64)
+    key_rope, latent, weight = random(2, context, 64), random(2, context, 512), random(16 * 256, 512) * 512**-0.5
+    real = None
+    if masked:
+        real = torch.ones(2, context, dtype=torch.bool, device="cuda")
+        real[1, : context - queries // 2] = False
+    mask = op_prefill.CausalMask(context - queries, real)
+
+    def expand(first, count, start, stop):
+        return latent[:, start:stop] @ weight[first * 256 : (first + count) * 256].t()
+
+    arguments = query, query_rope, key_rope, expand, mask, 192**-0.5, 128
+    output = op_prefill.latent_prefill(*arguments)
+    monkeypatch.setattr(op_prefill, "_PIECE_ELEMENTS", (1 << 21, 1 << 24))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    pieces = op_prefill.latent_prefill(*arguments)
+    assert torch.cuda.max_memory_allocated() - before < 3 * output.nbytes + (64 << 20)
+    monkeypatch.setattr(op_prefill, "prefill_on_kernels", lambda query: False)
+    query, query_rope, key_rope, latent, weight = (
+        tensor.float() for tensor in (query, query_rope, key_rope, latent, weight)
+    )
+    wanted = op_prefill.latent_prefill(query, query_rope, key_rope, *arguments[3:])
+    assert_close("attended", output, wanted, "bfloat16")
+    assert_close("in pieces", pieces, wanted, "bfloat16")
 
 
 @torch.no_grad()

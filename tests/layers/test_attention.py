@@ -343,10 +343,10 @@ def test_a_cached_context_is_expanded_some_heads_at_a_time(monkeypatch):
 @pytest.fixture
 def short_is_long(monkeypatch):
     """A context of 32 tokens counts as long, and its pieces are as small as they get. Yields the shapes attended to."""
-    from hf_moe.models import modeling_decoder, op_prefill
+    from hf_moe.models import layer_mask, op_prefill
 
     attend, shapes = op_prefill.attend_piece, []
-    for module in (layer_mla, modeling_decoder):
+    for module in (layer_mla, layer_mask):
         monkeypatch.setattr(module, "LONG_CONTEXT", 32)
     monkeypatch.setattr(op_prefill, "_PIECE_ELEMENTS", (1, 1))
     monkeypatch.setattr(op_prefill, "attend_piece", lambda *args: shapes.append(args[2].shape) or attend(*args))
@@ -363,7 +363,7 @@ def test_long_prompts_go_piece_by_piece(family, padded, short_is_long, monkeypat
         ids, mask = random_ids(2, 560), None
     real = torch.ones(2, 560, dtype=torch.bool) if mask is None else mask.bool()
     with torch.no_grad(), monkeypatch.context() as short:
-        for module in (layer_mla, sys.modules["hf_moe.models.modeling_decoder"]):
+        for module in (layer_mla, sys.modules["hf_moe.models.layer_mask"]):
             short.setattr(module, "LONG_CONTEXT", 1 << 20)
         expected = model(ids, attention_mask=mask).logits
         assert not short_is_long
@@ -451,3 +451,27 @@ def test_values_wider_and_narrower_than_keys_on_the_cpu():
         ids = random_ids(2, 150)
         with torch.no_grad():
             assert_close("logits", model(ids).logits, eager(ids).logits, "float32")
+
+
+@pytest.mark.parametrize("mask_form", ["boolean", "one for all queries", "per_head_additive", "none"])
+def test_absorbed_scores_of_many_queries_come_in_blocks(mask_form, monkeypatch):
+    attention = make_attention(torch.float32)
+    attention.config._attn_implementation = "sdpa"
+    mask = causal(2, 11, 11)
+    if mask_form == "one for all queries":
+        mask = mask[:, :, -1:]
+    elif mask_form == "per_head_additive":
+        mask = additive(mask, torch.float32) + torch.linspace(-1, 1, 33).view(1, 3, 1, 11)
+    elif mask_form == "none":
+        mask = None
+    states, cos_sin = torch.randn(2, 11, 48), tables(attention, torch.arange(11).expand(2, 11), torch.float32)
+    original, sizes = layer_mla.absorbed_attention, []
+    monkeypatch.setattr(
+        layer_mla, "absorbed_attention", lambda query, *a: sizes.append(query.shape[1]) or original(query, *a)
+    )
+    with torch.no_grad():
+        whole, weights = attention(states, cos_sin, mask, absorbed=True)
+        monkeypatch.setattr(layer_mla, "_ABSORBED_SCORES", 4 * 2 * 3 * 11)
+        blocks, none = attention(states, cos_sin, mask, absorbed=True)
+    assert sizes == [11, 4, 4, 3] and weights.shape == (2, 3, 11, 11) and none is None
+    assert_close("output", blocks, whole, "float32")

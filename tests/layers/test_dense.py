@@ -4,6 +4,7 @@ import pytest
 import torch
 from testing import assert_close
 
+from hf_moe.models import layer_dense
 from hf_moe.models.layer_dense import GatedMLP, RMSNorm
 
 
@@ -35,3 +36,21 @@ def test_gated_mlp():
     gate, up = states.double() @ mlp.gate_proj.weight.double().t(), states.double() @ mlp.up_proj.weight.double().t()
     expected = (gate * gate.sigmoid() * up) @ mlp.down_proj.weight.double().t()
     assert_close("output", mlp(states), expected, "float32")
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_long_prompts_pass_the_mlp_in_parts(autocast, monkeypatch):
+    mlp = GatedMLP(12, 20, "silu")
+    states, sizes = torch.randn(2, 25, 12), []
+    mlp.up_proj.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[:-1]))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        whole = mlp(states)
+        monkeypatch.setattr(layer_dense, "_INNER_ELEMENTS_CPU", 16 * 20)
+        monkeypatch.setattr(layer_dense, "_MIN_TOKENS", 1)
+        parts = mlp(states)
+    assert [tuple(size) for size in sizes] == [(2, 25), (16,), (16,), (16,), (2,)]
+    assert parts.dtype == whole.dtype == (torch.bfloat16 if autocast else torch.float32)
+    assert_close("output", parts, whole, "bfloat16" if autocast else "float32")
+    sizes.clear()
+    mlp(states).sum().backward()  # keeps all inner rows anyway
+    assert len(sizes) == 1 and all(parameter.grad is not None for parameter in mlp.parameters())

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 from testing import assert_close
+from tiny import left_padded, random_ids
 from tiny_step3 import seeded, text_config, text_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, StaticCache
 
+from hf_moe.models import layer_mask, layer_mfa
 from hf_moe.models.layer_cache import GrowingLayer, adopt_growing_layers
 from hf_moe.models.layer_mfa import MultiMatrixAttention, shared_head_attention
 from hf_moe.models.layer_rope import RotaryEmbedding
@@ -186,3 +188,35 @@ def test_dropout_in_training_only():
     assert torch.equal(model(ids).logits, model(ids).logits)
     model.train()
     assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "left_padded"])
+@torch.no_grad()
+def test_long_prompts_never_have_a_whole_mask(padded, monkeypatch):
+    """At once, in parts against a cache of either kind, and a step: what eager attention gives, padding included."""
+    monkeypatch.setattr(layer_mask, "LONG_CONTEXT", 32)
+    monkeypatch.setattr(layer_mfa, "_MASK_ENTRIES", 1)
+    model, eager = text_model("sdpa", max_seq_len=512), text_model("eager", max_seq_len=512)
+    ids, mask = random_ids(2, 300), None
+    if padded:
+        ids, mask = left_padded([random_ids(1, 130)[0], random_ids(1, 300)[0]])
+    registry, sizes = layer_mfa.ALL_ATTENTION_FUNCTIONS, []
+    plain = registry["sdpa"]
+
+    def recorded(module, query, key, value, attention_mask, **kwargs):
+        sizes.append(0 if attention_mask is None else attention_mask.numel())
+        return plain(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(registry._local_mapping, "sdpa", recorded)
+    expected = eager(ids, attention_mask=mask).logits
+    assert not sizes
+    assert_close("logits", model(ids, attention_mask=mask).logits, expected, "float32")
+    assert max(sizes) == (2 * 64 * 256 if padded else 0)
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=400)):
+        logits = []
+        for start, stop in ((0, 150), (150, 280), (280, 299), (299, 300)):
+            part = None if mask is None else mask[:, :stop]
+            logits.append(model(ids[:, start:stop], attention_mask=part, past_key_values=cache).logits)
+        real = torch.ones(2, 300).bool() if mask is None else mask.bool()
+        assert_close("logits", torch.cat(logits, dim=1)[real], expected[real], "float32")
+    assert 0 < max(sizes) <= 2 * 64 * 300

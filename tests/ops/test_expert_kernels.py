@@ -6,6 +6,7 @@ from expert_cases import MATRIX, Shape, double_loop, make_case, route, run_with_
 from testing import assert_close, can_run_kernels
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from hf_moe.models import op_experts, op_experts_triton
 from hf_moe.models.kernel_routing import build_layout, most_tiles
 from hf_moe.models.op_experts import TRITON_BACKEND_NAME, ExpertLora, expert_weight, experts, experts_torch
 from hf_moe.models.op_quant import dequantize_rows, quantize_rows
@@ -347,3 +348,20 @@ def test_the_backend_says_what_it_cannot_compute(change):
 
 def test_the_backend_is_registered():
     assert TRITON_BACKEND_NAME in ALL_EXPERTS_FUNCTIONS.valid_keys()
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("weights", ["plain", "fp8"])
+def test_many_tokens_are_taken_in_parts(weights, quantize, monkeypatch):
+    """Without gradients: as all at once, with tensors of a part's size."""
+    if quantize and weights == "plain":
+        pytest.skip("FP8 weights only")
+    case = make_case(Shape(50, 8, 3, "skipped"), 136, 72, torch.float32, weights, 4)
+    plain, sizes = op_experts_triton.forward, []
+    monkeypatch.setattr(op_experts_triton, "forward", lambda x, *a, **k: sizes.append(len(x[0])) or plain(x, *a, **k))
+    with torch.no_grad():
+        whole = op_experts.experts(*case.arguments(), quantize=quantize, impl="triton")
+        monkeypatch.setattr(op_experts_triton, "_MAX_ROW_ELEMENTS", 20 * 3 * 136)
+        parts = op_experts.experts(*case.arguments(), quantize=quantize, impl="triton")
+    assert sizes == [50, 17, 17, 16]
+    assert_close("output", parts, whole, "float32_experts")

@@ -6,10 +6,12 @@ from expert_cases import Shape, make_case, run_with_gradients
 from testing import assert_close, can_run_kernels
 from tiny import left_padded, random_ids, tiny_model
 
+from hf_moe.models import op_prefill
 from hf_moe.models.layer_experts import Experts
 from hf_moe.models.op_experts import experts, experts_torch
 from hf_moe.models.op_fp8 import Fp8Format, fp8_linear
 from hf_moe.models.op_mla import latent_decode
+from hf_moe.models.op_prefill import CausalMask
 from hf_moe.models.op_quant import quantize_block_fp8
 from hf_moe.models.op_routing import route
 from hf_moe.models.triton_compat import INTERPRETING
@@ -95,6 +97,26 @@ def test_attention_on_the_second_gpu(cuda):
     mask = torch.ones(1, 1, 2, 200, dtype=torch.bool, device="cuda:1").tril(198)
     torch.cuda.set_sync_debug_mode("error")
     assert latent_decode(query, query_rope, latent, key_rope, mask, 0.2).device == torch.device("cuda", 1)
+
+
+@torch.no_grad()
+def test_prompts_on_the_second_gpu(cuda, monkeypatch):
+    """In pieces, with nothing to wait for."""
+    monkeypatch.setattr(op_prefill, "_PIECE_ELEMENTS", (1, 1))
+    query, query_rope = (torch.randn(2, 40, 3, width, device="cuda:1").bfloat16() for width in (24, 8))
+    key_rope, expanded = (torch.randn(2, 300, width, device="cuda:1").bfloat16() for width in (8, 3 * 44))
+    real = torch.ones(2, 300, dtype=torch.bool, device="cuda:1")
+    torch.cuda.set_sync_debug_mode("error")
+
+    def expand(first, count, start, stop):
+        return expanded[:, start:stop, first * 44 : (first + count) * 44]
+
+    output = op_prefill.latent_prefill(query, query_rope, key_rope, expand, CausalMask(260, real), 0.2, 20)
+    assert output.device == torch.device("cuda", 1) and cuda.launches == ["mla_prefill_kernel"] * 6
+    monkeypatch.setattr(op_prefill, "prefill_on_kernels", lambda query: False)
+    plain = op_prefill.latent_prefill(query, query_rope, key_rope, expand, CausalMask(260, real), 0.2, 20)
+    torch.cuda.set_sync_debug_mode("default")
+    assert_close("attended", output.cpu(), plain.cpu(), "bfloat16")
 
 
 def small_experts() -> Experts:
