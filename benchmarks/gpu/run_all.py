@@ -42,6 +42,7 @@ def experts_part(model: str, seconds: float, *options: str) -> Part:
 CUDA = ["--device", "cuda"]
 TINY_MLA = ["--contexts", "40", "--batches", "2", "--heads", "2", "--hidden", "64", "--repeats", "1"]
 TINY_MLA += ["--megabytes", "1"]
+TINY_PREFILL = ["--cases", "40:70", "70:70", "--heads", "2"]
 TINY_DECODE = [*CUDA, "--contexts", "20", "--repeats", "1", "--block", "1"]
 TINY_EXPERTS = [*CUDA, "--dtypes", "bfloat16", "--tokens", "2", "--experts", "4", "--top-k", "2", "--hidden", "64"]
 TINY_EXPERTS += ["--intermediate", "32", "--layers", "1", "--repeats", "1", "--block", "1"]
@@ -50,6 +51,7 @@ TINY_LONGCAT += ["--hidden", "64", "--intermediate", "32", "--repeats", "1"]
 QUEUE = [
     Part("tests", 210, ["-m", "pytest", "-m", "gpu", "-q", "--tb=short", "-rf", "-p", "no:cacheprovider", *TESTS], []),
     Part("mla_decode", 45, ["benchmarks/gpu/mla_decode.py"], TINY_MLA),
+    Part("mla_prefill", 30, ["benchmarks/gpu/mla_prefill.py"], TINY_PREFILL),
     Part("linear_fp8", 45, ["benchmarks/gpu/linear_fp8.py"], ["--rows", "2", "--layers", "40x136", "--megabytes", "1"]),
     experts_part("deepseek_v3", 75, "--lora"),
     experts_part("longcat_flash", 60),
@@ -61,16 +63,19 @@ QUEUE = [
     Part(
         "longcat_moe",
         60,
-        ["benchmarks/longcat_moe.py", *CUDA, "--dtypes", "bfloat16", "--hidden", "6144", "--intermediate", "2048"],
+        ["benchmarks/longcat_moe.py", *CUDA, "--dtypes", "bfloat16", "--hidden", "6144", "--intermediate", "2048"]
+        + ["--repeats", "7"],
         TINY_LONGCAT,
     ),
 ]
 WARM = [["benchmarks/gpu/expert_kernels.py", "--warm", "--models", name] for name in ("deepseek_v3", "longcat_flash")]
 WARM += [["benchmarks/gpu/expert_kernels.py", "--warm", "--models", name] for name in ("kimi_k2", "step3")]
 WARM += [["benchmarks/gpu/linear_fp8.py", "--warm"], ["benchmarks/gpu/mla_decode.py", "--warm"]]
+WARM += [["benchmarks/gpu/mla_prefill.py", "--warm"]]
 DRY_WARM = [["benchmarks/gpu/expert_kernels.py", "--warm", "--dry"]]
 DRY_WARM += [["benchmarks/gpu/linear_fp8.py", "--warm", "--rows", "2", "--layers", "40x136"]]
 DRY_WARM += [["benchmarks/gpu/mla_decode.py", "--warm", *TINY_MLA]]
+DRY_WARM += [["benchmarks/gpu/mla_prefill.py", "--warm", *TINY_PREFILL]]
 # Of the tests a dry run collects all, and runs the experts' with a few tokens.
 DRY_TESTS = ["tests/gpu/test_cuda_experts.py", "-k", "T1-E or T0- or T5- or T17-"]
 
