@@ -258,17 +258,18 @@ class LatentAttention(nn.Module):
 
     def _attend_pieces(self, query_nope, query_rope, latent, key_rope, mask: CausalMask) -> torch.Tensor:
         """(B, S, h, v), with a piece of the context expanded at a time."""
-        latent, key_rope, width = latent.squeeze(1), key_rope.squeeze(1), self.qk_nope_head_dim + self.v_head_dim
+        dtype, width = query_nope.dtype, self.qk_nope_head_dim + self.v_head_dim
+        latent, key_rope = latent.squeeze(1), key_rope.squeeze(1)
         by_head = self._expands_by_head()
 
         def expand(first: int, count: int, start: int, stop: int) -> torch.Tensor:
             piece = latent[:, start:stop]
-            return (
-                self.kv_b_proj.outputs(piece, first * width, (first + count) * width)
-                if by_head
-                else (self.kv_b_proj(piece))
-            )
+            if by_head:
+                return self.kv_b_proj.outputs(piece, first * width, (first + count) * width).to(dtype)
+            return self.kv_b_proj(piece).to(dtype)
 
+        # Under autocast, what was rotated is wider than what was projected.
+        query_rope, key_rope = query_rope.to(dtype), key_rope.to(dtype)
         step = self._head_step() if by_head else 0
         return latent_prefill(query_nope, query_rope, key_rope, expand, mask, self.scaling, self.v_head_dim, step)
 
@@ -281,8 +282,10 @@ class LatentAttention(nn.Module):
         return torch.is_grad_enabled() and trained
 
     def _expands_by_head(self) -> bool:
-        """Whether `kv_b_proj` gives some heads alone; a wrapped module gives all at once."""
-        return type(self.kv_b_proj) is Linear and not hasattr(self.kv_b_proj, "_hf_hook")
+        """Whether `kv_b_proj` gives some heads alone; a wrapped or sharded module gives all at once."""
+        module = self.kv_b_proj
+        hooked = hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks
+        return type(module) is Linear and not hooked and type(module.weight) in (torch.Tensor, nn.Parameter)
 
     def _head_step(self) -> int:
         """Heads that are expanded together come in multiples of this: FP8 weights in whole rows of blocks."""

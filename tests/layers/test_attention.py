@@ -396,6 +396,19 @@ def test_long_prompts_in_bfloat16(short_is_long):
     assert_close("output", pieces, expected, "bfloat16")
 
 
+def test_long_prompts_under_autocast(short_is_long):
+    """Rotated parts are float32 then, projected ones bfloat16."""
+    attention = make_attention(torch.float32)
+    states, cos_sin = torch.randn(1, 300, 48), tables(attention, torch.arange(300).unsqueeze(0), torch.float32)
+    with torch.no_grad():
+        expected, _ = attention(states, cos_sin, additive(causal(1, 300, 300), torch.float32))
+        attention.config._attn_implementation = "sdpa"
+        with torch.autocast("cpu", torch.bfloat16):
+            pieces, _ = attention(states, cos_sin, None)
+    assert short_is_long and pieces.dtype == torch.bfloat16
+    assert_close("output", pieces, expected, "bfloat16_grad")  # every projection is rounded, too
+
+
 @pytest.mark.parametrize("case", ["gradients", "eager", "prepared mask", "packed", "not causal"])
 def test_what_pieces_cannot_do_goes_through_the_interface(case, short_is_long):
     model = tiny_model(attn_implementation="eager" if case == "eager" else "sdpa", mla_mode="expanded")
@@ -413,7 +426,7 @@ def test_what_pieces_cannot_do_goes_through_the_interface(case, short_is_long):
         assert not short_is_long and output.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["adapted", "fp8"])
+@pytest.mark.parametrize("kind", ["adapted", "hooked", "fp8"])
 def test_pieces_of_other_projections(kind, short_is_long, monkeypatch):
     """A wrapped `kv_b_proj` gives all heads at once; an FP8 one whole rows of blocks."""
     model = tiny_model(attn_implementation="sdpa", mla_mode="expanded")
@@ -431,13 +444,16 @@ def test_pieces_of_other_projections(kind, short_is_long, monkeypatch):
 
         for layer in model.model.layers:
             layer.self_attn.kv_b_proj = Wrapped(layer.self_attn.kv_b_proj)
+    elif kind == "hooked":
+        for layer in model.model.layers:
+            layer.self_attn.kv_b_proj.register_forward_hook(lambda module, inputs, output: wrapped.append(output.shape))
     else:
         monkeypatch.setattr(LatentAttention, "_head_step", lambda self: 2)
     ids = random_ids(1, 300)
     with torch.no_grad():
         pieces = model(ids).logits
         widths = [shape[2] for shape in short_is_long]
-        assert set(widths) == ({54} if kind == "adapted" else {36, 18})
+        assert set(widths) == ({36, 18} if kind == "fp8" else {54}) and bool(wrapped) == (kind != "fp8")
         assert not wrapped or max(shape[1] for shape in wrapped) == 256
         model.config.mla_mode = "absorbed"
         assert_close("logits", pieces, model(ids).logits, "float32")
