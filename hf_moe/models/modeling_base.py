@@ -144,6 +144,10 @@ class MoePreTrainedModel(PreTrainedModel):
         """What a parameter's name and its name in a file have in common."""
         return _stem(name)
 
+    def upstream_name(self, stem: str) -> str:
+        """A stem as upstream files name the tensor."""
+        return f"model.{stem}"
+
     def upstream_parts(self, stem: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
         """Stems and shapes of the upstream tensors that a fused parameter is made of; nothing for any other one."""
         parts = upstream_parts(stem, shape[0]) if shape else ()
@@ -166,8 +170,8 @@ class MoePreTrainedModel(PreTrainedModel):
         """Tensors that upstream files repeat and this model holds once: `{duplicate: original}`, upstream names."""
         return {}
 
-    def is_mtp_tensor(self, stem: str) -> bool:
-        """Whether `stem`, an upstream name without the `model.` prefix, belongs to an MTP layer."""
+    def is_optional_tensor(self, stem: str) -> bool:
+        """Whether a checkpoint may lack `stem`, an upstream name without the `model.` prefix."""
         return False
 
     def untie_mtp_tensor(self, duplicate: str) -> None:
@@ -326,6 +330,7 @@ class MoePreTrainedModel(PreTrainedModel):
                 if any(hasattr(parameter, "placements") for parameter in model.parameters()):
                     state_dict = model.join_sharded(state_dict)
         info = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        _raise_from(getattr(info[0], "conversion_errors", None) or {})
         for table, weight in options.get("host_weights", {}).items():  # to the loader they are no tensors of the model
             table.weight = weight
         return info
@@ -397,6 +402,14 @@ class MoePreTrainedModel(PreTrainedModel):
                 tensor = load_offloaded_parameter(self, original)
             output[duplicate] = tensor.detach().clone()  # safetensors refuses tensors that share memory
         return output
+
+
+def _raise_from(conversion_errors: dict[str, str]) -> None:
+    """Raises the first `CheckpointError` that Transformers caught, as the text of a traceback, in a conversion."""
+    for text in conversion_errors.values():
+        found = re.search(r"CheckpointError: (.+)", text)
+        if found:
+            raise CheckpointError(found.group(1))
 
 
 def _read_config(cls, path, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
@@ -600,7 +613,8 @@ def _fit_model(model: MoePreTrainedModel, tensors: dict[str, Any], options: dict
     shared = {re.escape(_stem(duplicate)) for duplicate in model.mtp_duplicates()}
     model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | shared
 
-    num_experts, missing = model.config.get_text_config().n_routed_experts, []
+    num_experts, missing, of_experts = model.config.get_text_config().n_routed_experts, [], False
+    body = "" if model.base_model is model else f"{model.base_model_prefix}."  # a head may be new
     for name in names.values():
         if (expert_index(name) or 0) >= num_experts:
             raise CheckpointError(
@@ -612,20 +626,22 @@ def _fit_model(model: MoePreTrainedModel, tensors: dict[str, Any], options: dict
         parts = model.upstream_parts(stem, shape)
         if not parts or stem in names:  # not an expert, or already fused
             _check_shape(names.get(stem), tensors, shape, options)
-            if stem not in names and model.is_mtp_tensor(stem):
+            if stem not in names and parameter.startswith(body) and not model.is_optional_tensor(stem):
                 missing.append(stem)
             continue
         for part, shape in parts:
             if part not in names:
                 missing.append(part)
+                of_experts = True
             else:
                 _check_shape(names[part], tensors, shape, options)
     if missing:
         source = options["source"] or "The checkpoint"
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        key = f" (`{model.experts_key}={num_experts}`)" if of_experts else ""
         raise CheckpointError(
-            f"{source}: tensor model.{missing[0]}{more} missing. They would be newly initialised; complete the "
-            f"checkpoint, or correct config.json (`{model.experts_key}={num_experts}`)."
+            f"{source}: tensor {model.upstream_name(missing[0])}{more} missing. They would be newly initialised; "
+            f"complete the checkpoint, or correct config.json{key}."
         )
 
 

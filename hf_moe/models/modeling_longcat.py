@@ -45,6 +45,9 @@ class LongcatModel(LongcatFlashNgramModel):
             setattr(self, f"oe_embed_tokens{index}", make_table(count, width, place))
             setattr(self, f"oe_embed_proj{index}", Linear(width, hidden_size, bias=False))
 
+    def is_optional_tensor(self, stem: str) -> bool:
+        return ".indexer." in stem  # not evaluated
+
     def ngram_modules(self):
         indices = range(self.config.num_ngram_tables)
         return (

@@ -186,9 +186,6 @@ class LongcatFlashPreTrainedModel(MoePreTrainedModel):
         indices = [int(name.split(".")[2]) for name in tensor_names if name.startswith("mtp.layers.")]
         return max(indices, default=-1) + 1
 
-    def is_mtp_tensor(self, stem: str) -> bool:
-        return stem.startswith("mtp.")
-
     def mtp_duplicates(self) -> dict[str, str]:
         prefix = "" if self.base_model is self else "model."
         mtp = self.base_model.mtp

@@ -208,6 +208,9 @@ class Step3VLPreTrainedModel(MoePreTrainedModel):
     def checkpoint_stem(self, name: str) -> str:
         return name.removeprefix("model.").removeprefix("language_model.")
 
+    def upstream_name(self, stem: str) -> str:
+        return stem if stem.startswith(("vision_model.", "vit_")) else f"model.{stem}"
+
     def join_sharded(self, tensors: dict[str, Any]) -> dict[str, Any]:
         return join_stacks(tensors)
 

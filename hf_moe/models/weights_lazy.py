@@ -42,6 +42,27 @@ class LazyTensor:
             target.copy_(self.entry.read())
 
 
+@dataclass(frozen=True)
+class LazyScales(LazyTensor):
+    """Scales of a file; reading them raises `CheckpointError` unless they are finite."""
+
+    def __getitem__(self, index) -> torch.Tensor:
+        return self.read()[index]
+
+    def unbind(self, dim: int = 0) -> list["LazyScales"]:
+        """The slices along the first dimension, unread."""
+        return [LazyScales(tensor.entry) for tensor in super().unbind(dim)]
+
+    def read(self) -> torch.Tensor:
+        scales = self.entry.read()
+        _require(scales.float().isfinite().all().item(), self.entry, "holds scales that are not finite")
+        return scales
+
+    def read_into(self, target: torch.Tensor) -> None:
+        """Fills `target`, of the same shape."""
+        target.copy_(self.read())
+
+
 class DecodedTensor:
     """Base of tensors that are made from others of the file: float32 unless said otherwise, `decode()` makes them."""
 
@@ -76,7 +97,8 @@ class Fp8Weight(DecodedTensor):
         return self.weight.shape
 
     def decode(self) -> torch.Tensor:
-        return dequantize_block_fp8(self.weight.read(), self.weight_scale_inv.read(), self.block_size, self.parts)
+        scales = LazyScales(self.weight_scale_inv).read()
+        return dequantize_block_fp8(self.weight.read(), scales, self.block_size, self.parts)
 
     def __getitem__(self, index) -> torch.Tensor:
         ranges = slice_ranges(index, self.shape)
@@ -106,7 +128,7 @@ class Fp8Weight(DecodedTensor):
 
     def stored(self) -> tuple[LazyTensor, LazyTensor]:
         """The FP8 values and the scales."""
-        return LazyTensor(self.weight), LazyTensor(self.weight_scale_inv)
+        return LazyTensor(self.weight), LazyScales(self.weight_scale_inv)
 
 
 @dataclass(frozen=True)
@@ -119,7 +141,8 @@ class Int4Weight(DecodedTensor):
     group_size: int
 
     def decode(self) -> torch.Tensor:
-        return dequantize_packed_int4(self.weight_packed.read(), self.weight_scale.read(), self.shape, self.group_size)
+        scales = LazyScales(self.weight_scale).read()
+        return dequantize_packed_int4(self.weight_packed.read(), scales, self.shape, self.group_size)
 
 
 @dataclass(frozen=True)

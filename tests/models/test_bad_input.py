@@ -9,7 +9,12 @@ import pytest
 import torch
 from checkpoints import LogRecorder, copy_golden, edited_golden, golden, load_file, read_config, read_tensors
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+)
 
 import hf_moe  # noqa: F401  registers the classes
 from hf_moe.models.modeling_deepseek_v3 import DeepseekV3PreTrainedModel
@@ -358,6 +363,31 @@ def test_missing_fused_experts(shards, tmp_path):
     assert_refused(tmp_path / "fused", "model.layers.2.mlp.experts.", "missing")
 
 
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        ("v3_basic", "model.embed_tokens.weight"),
+        ("v3_basic", "model.norm.weight"),
+        ("v3_basic", "model.layers.1.post_attention_layernorm.weight"),
+        ("v3_fp8", "model.layers.1.mlp.gate.e_score_correction_bias"),
+        ("kimi_k2_int4", "model.layers.2.mlp.gate.weight"),
+        ("v2_lite_greedy", "model.layers.1.self_attn.q_proj.weight"),
+        ("v2_group_limited", "model.layers.1.mlp.shared_experts.up_proj.weight"),
+        ("longcat_flash", "model.layers.0.mlps.1.down_proj.weight"),
+        ("longcat_lite_ngram", "model.ngram_embeddings.post_projs.5.weight"),
+        ("step3_text", "model.layers.2.moe.gate.weight"),
+        ("step3_vl", "model.layers.0.self_attn.inter_norm.weight"),
+        ("step3_vl", "vit_downsampler.bias"),
+        ("step3_vl", "vision_model.embeddings.class_embedding"),
+    ],
+)
+def test_missing_tensor(case, name, tmp_path):
+    """A decoder, tower or projector with a newly initialised part would answer nonsense."""
+    auto_class = AutoModelForImageTextToText if case == "step3_vl" else AutoModelForCausalLM
+    folder = edited_golden(tmp_path, case, lambda tensors: tensors.pop(name))
+    assert_refused(folder, f"tensor {name} missing", auto_class=auto_class)
+
+
 # --- quantised tensors ------------------------------------------------------------------------------------------------
 
 FP8_NAMES = [
@@ -401,6 +431,23 @@ def test_wrong_grid_of_scales(name, change, tmp_path):
 
     shape = tuple(read_tensors(golden("v3_fp8"))[scale].shape)
     assert_refused(edited_golden(tmp_path, "v3_fp8", edit), scale, str(shape))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("case", "name", "options"),
+    [
+        *(("v3_fp8", f"{name}_scale_inv", options) for name in FP8_NAMES for options in ({}, {"dequantize": True})),
+        ("longcat_fp8", "model.mtp.layers.0.eh_proj.weight_scale_inv", {}),
+        ("step3_fp8", "model.layers.1.moe.down_proj.weight_scale_inv", {}),
+        ("kimi_k2_int4", "model.layers.1.mlp.experts.3.up_proj.weight_scale", {}),
+    ],
+)
+def test_scales_that_are_not_finite(case, name, options, value, tmp_path):
+    def edit(tensors):
+        tensors[name].view(-1)[-1] = value
+
+    assert_refused(edited_golden(tmp_path, case, edit), name, "not finite", "model.safetensors", **options)
 
 
 def test_wrong_shape_of_an_fp8_weight(tmp_path):

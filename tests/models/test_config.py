@@ -81,11 +81,12 @@ def test_unknown_keys_are_kept(model_type, tmp_path):
     assert output["model_type"] == model_type
 
 
+@pytest.mark.parametrize("name", ["yarn", "deepseek_yarn"])
 @pytest.mark.parametrize("spelling", ["type", "rope_type", "both"])
-def test_rope_scaling_spelling_is_kept(spelling, tmp_path):
+def test_rope_scaling_spelling_is_kept(spelling, name, tmp_path):
     scaling = {key: value for key, value in YARN.items() if key != "type"}
-    scaling |= {"type": "yarn"} if spelling != "rope_type" else {}
-    scaling |= {"rope_type": "yarn"} if spelling != "type" else {}
+    scaling |= {"type": name} if spelling != "rope_type" else {}
+    scaling |= {"rope_type": name} if spelling != "type" else {}
     folder = write(tmp_path / "in", model_type="deepseek_v3", rope_theta=10000, rope_scaling=scaling)
     config = AutoConfig.from_pretrained(folder)
     assert config.rope_parameters["rope_type"] == "yarn"

@@ -302,6 +302,7 @@ def as_sparse_release(folder, spelled_oe: bool = True, **changes):
         tensors |= {f"{stem}{part}.weight": torch.randn(shape).bfloat16() for part, shape in shapes.items()}
     del config["model_type"]
     config |= {"architectures": ["LongcatCausalLM"], **INDEXER, **changes}
+    config["rope_scaling"] = {**config["rope_scaling"], "rope_type": "deepseek_yarn"}  # as these releases spell it
     if spelled_oe:
         config["oe_vocab_size_ratio"] = config.pop("ngram_vocab_size_ratio")
         config["oe_neighbor_num"] = config.pop("emb_neighbor_num")
