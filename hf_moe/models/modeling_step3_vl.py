@@ -323,11 +323,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
         Raises:
             ValueError: for another number of placeholders than of features.
         """
-        if input_ids is not None:
-            mask = input_ids == self.config.image_token_id
-        else:
-            token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        mask = self.find_placeholders(input_ids, inputs_embeds)
         placeholders = int(mask.sum())
         if placeholders != num_features:
             raise ValueError(
@@ -335,6 +331,13 @@ class Step3VLModel(Step3VLPreTrainedModel):
                 f"images have {num_features} features. Build text and pixels with the same processor call."
             )
         return mask.unsqueeze(-1)
+
+    def find_placeholders(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Placeholders of images, (batch, seq) boolean; among embeddings those that equal the placeholder's."""
+        if inputs_embeds is None or input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     @can_return_tuple
     def forward(
@@ -463,9 +466,14 @@ class Step3VLForConditionalGeneration(CausalLMMixin, Step3VLPreTrainedModel, Gen
 
     # --- generation -------------------------------------------------------------------------------------------------
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration: bool = False, **kwargs):
+    # `generate` looks for `inputs_embeds` in the signature.
+    def prepare_inputs_for_generation(
+        self, input_ids, is_first_iteration: bool = False, inputs_embeds: torch.Tensor | None = None, **kwargs
+    ):
         """As in Transformers; the images go in with the prompt only."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
+        )
         if not is_first_iteration and inputs.get("use_cache", True):
             for name in VISION_INPUTS:
                 inputs.pop(name, None)
@@ -477,15 +485,16 @@ class Step3VLForConditionalGeneration(CausalLMMixin, Step3VLPreTrainedModel, Gen
         The rows of the batch are repeated one by one; vision tensors are not by row, so they are taken apart first.
         """
         vision = {name: model_kwargs.pop(name) for name in VISION_INPUTS if model_kwargs.get(name) is not None}
-        if expand_size > 1 and vision and input_ids is not None:
-            vision = self._repeat_images(vision, input_ids, expand_size)
+        if expand_size > 1 and vision:
+            embeds = model_kwargs.get("inputs_embeds")
+            placeholders = self.model.find_placeholders(None if embeds is not None else input_ids, embeds)
+            vision = self._repeat_images(vision, placeholders.sum(1).tolist(), expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, **vision}
 
-    def _repeat_images(self, vision: dict, input_ids: torch.LongTensor, times: int) -> dict:
-        placeholders = (input_ids == self.config.image_token_id).sum(1).tolist()
+    def _repeat_images(self, vision: dict, placeholders: list[int], times: int) -> dict:
         if "image_embeds" in vision:
             rows = vision["image_embeds"].flatten(0, -2).split(placeholders)
             return {"image_embeds": torch.cat([row for row in rows for _ in range(times)])}

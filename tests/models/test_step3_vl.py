@@ -119,6 +119,19 @@ def test_greedy(ways):
     assert torch.equal(generated[:, expected["input_ids"].shape[1] :], expected["generated_ids"])
 
 
+@pytest.mark.parametrize("finished", [True, False], ids=["features", "pixels"])
+def test_greedy_from_embeddings(finished):
+    model, expected = load(), load_golden("step3_vl")[0]
+    embeds = model.get_input_embeddings()(expected["input_ids"]).detach()
+    images = {"image_embeds": expected["image_features"]} if finished else {name: expected[name] for name in PIXELS}
+    inputs = {"inputs_embeds": embeds, "attention_mask": expected["attention_mask"], **images}
+    generated = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+    assert torch.equal(generated, expected["generated_ids"])
+    beams = {"max_new_tokens": 8, "do_sample": False, "num_beams": 3}
+    from_ids = model.generate(expected["input_ids"], attention_mask=expected["attention_mask"], **images, **beams)
+    assert torch.equal(model.generate(**inputs, **beams), from_ids[:, expected["input_ids"].shape[1] :])
+
+
 def test_finished_features_instead_of_pixels():
     model, expected = load(), load_golden("step3_vl")[0]
     text = {name: expected[name] for name in ("input_ids", "attention_mask")}
