@@ -336,7 +336,7 @@ def test_host_mask_function():
 def test_host_rope_functions():
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
-    assert {"linear", "dynamic", "yarn"} <= set(ROPE_INIT_FUNCTIONS)
+    assert {"linear", "dynamic", "yarn", "llama3"} <= set(ROPE_INIT_FUNCTIONS)
     assert parameters(ROPE_INIT_FUNCTIONS["yarn"])[:2] == ["config", "device"]
     assert parameters(dynamic_rope_update) == ["rope_forward"]
 

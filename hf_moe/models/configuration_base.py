@@ -12,7 +12,7 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 
 # RoPE types whose frequencies we can compute, by the name that `config.json` uses.
-SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
+SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 _ROPE_ALIASES = {"deepseek_yarn": "yarn"}  # other names in `config.json` for what Transformers computes
 MLA_MODES = ("auto", "expanded", "absorbed")
 # Not part of the file: the spelling that was read, and notes from `from_pretrained` to the loader.
@@ -149,5 +149,7 @@ def _common_names(rope: dict[str, Any]) -> dict[str, Any]:
 def _check_rope(rope: dict[str, Any]) -> None:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     choose("rope_scaling type", rope_type, SUPPORTED_ROPE_TYPES)
-    if rope_type != "default" and not isinstance(rope.get("factor"), (int, float)):
-        raise ValueError(f"`rope_scaling` of type {rope_type!r} needs a number `factor`, got {rope.get('factor')!r}.")
+    bands = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    for key in () if rope_type == "default" else ("factor", *(bands if rope_type == "llama3" else ())):
+        if not isinstance(rope.get(key), (int, float)):
+            raise ValueError(f"`rope_scaling` of type {rope_type!r} needs a number `{key}`, got {rope.get(key)!r}.")

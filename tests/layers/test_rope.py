@@ -162,3 +162,17 @@ def test_linear_rope_divides_positions():
     cos, _ = RotaryEmbedding(config)(torch.zeros(1, 1, 1), torch.tensor([[40]]))
     angles = 10.0 * 10000.0 ** (-torch.arange(0, 4, 2).double() / 4)
     assert_close("cos", cos[0, 0], angles.cos(), "float32")
+
+
+def test_llama3_rope_stretches_long_waves_only():
+    """Waves beyond L0 / low are slowed by the factor, those below L0 / high are kept, those between are mixed."""
+    rope = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 1024
+    config = tiny_config(rope_scaling=rope, rope_theta=10000.0, qk_rope_head_dim=8)
+    cos, sin = RotaryEmbedding(config)(torch.zeros(1, 1, 1), torch.tensor([[40]]))
+    # theta ** (-2 j / 8) has waves of 6.3, 62.8, 628 and 6283 positions; 1024 / 628.3 lies between the two factors.
+    kept = (1024 / (2 * math.pi * 100.0) - 1.0) / 3.0
+    frequencies = [1.0, 0.1, 0.01 * (kept + (1.0 - kept) / 8.0), 0.001 / 8.0]
+    angles = 40.0 * torch.tensor(frequencies, dtype=torch.float64)
+    assert_close("cos", cos[0, 0], angles.cos(), "float32")
+    assert_close("sin", sin[0, 0], angles.sin(), "float32")

@@ -318,6 +318,7 @@ def test_v2_lite_has_no_query_latent(tmp_path):
         ({"rope_scaling": {"rope_type": "spiral", "factor": 2}}, ["rope_scaling", "spiral"]),
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, ["rope", "spiral"]),
         ({"rope_scaling": {"type": "yarn"}}, ["rope_scaling", "yarn", "factor"]),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, ["rope_scaling", "llama3", "low_freq_factor"]),
         ({"rope_scaling": {"type": "yarn", "factor": "40"}}, ["rope_scaling", "factor", "'40'"]),
         ({"topk_method": "noaux"}, ["topk_method", "noaux", "noaux_tc", "greedy"]),
         ({"scoring_func": "tanh"}, ["scoring_func", "tanh", "sigmoid", "softmax"]),
