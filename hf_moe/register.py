@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, models
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 # Model type to configuration class, whose `remote_code_map` names the model classes. A new family is a configuration
 # file, a modeling file and a row here.
@@ -35,6 +36,7 @@ def register() -> None:
     configuration by its `architectures` where `model_type` is missing. Repeating it is harmless.
     """
     _name_missing_model_types()
+    _read_tokenizers_as_stored()
     for model_type, reference in FAMILIES.items():
         config_class = load_class(reference)
         AutoConfig.register(model_type, config_class, exist_ok=True)
@@ -103,3 +105,13 @@ def _name_missing_model_types() -> None:
 
     get_config_dict.hf_moe_original = original
     PreTrainedConfig.get_config_dict = classmethod(get_config_dict)
+
+
+def _read_tokenizers_as_stored() -> None:
+    """Makes `AutoTokenizer` take `tokenizer.json` for what it is, as it does for its own DeepSeek models.
+
+    Releases name `LlamaTokenizerFast` beside byte-level files. Older Transformers believes the name, and gives a
+    tokenizer that splits text otherwise and drops what it cannot spell.
+    """
+    for model_type in FAMILIES:
+        TOKENIZER_MAPPING_NAMES.setdefault(model_type, "TokenizersBackend")
