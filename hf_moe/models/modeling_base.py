@@ -269,7 +269,8 @@ class MoePreTrainedModel(PreTrainedModel):
 
         Raises:
             CheckpointError: (an `OSError` and a `ValueError`) for missing, truncated or foreign files, pickles,
-                missing or surplus experts, wrong shapes and incomplete quantised tensors.
+                missing tensors, surplus experts, wrong shapes, incomplete quantised tensors and scales that are not
+                finite. Tensors of a head may be missing.
         """
         path = pretrained_model_name_or_path
         if path is not None and kwargs.get("gguf_file") is None:
