@@ -26,7 +26,7 @@ from .op_experts import TRITON_BACKEND_NAME
 from .op_fp8 import Fp8Format
 from .op_moe import BACKEND_NAME
 from .weights_experts import SCALE_SUFFIX, defer_experts, expert_index, upstream_parts
-from .weights_fp8 import BlockFp8Config, BlockFp8Quantizer, upstream_fp8_config
+from .weights_fp8 import METHOD, BlockFp8Config, BlockFp8Quantizer, upstream_fp8_config
 from .weights_lazy import Fp8Weight, LazyTensor, QuantizedOnLoad, plain_tensors, read_quantization_config
 from .weights_safetensors import CheckpointError, ShapeError, check_folder, open_files, variant_names
 from .weights_shards import PaddedTensor, gather_state_dict
@@ -616,6 +616,7 @@ def _fit_model(model: MoePreTrainedModel, tensors: dict[str, Any], options: dict
 
     num_experts, missing, of_experts = model.config.get_text_config().n_routed_experts, [], False
     body = "" if model.base_model is model else f"{model.base_model_prefix}."  # a head may be new
+    as_stored = getattr(model, "quantization_method", METHOD) == METHOD  # other methods bring tensors of their own
     for name in names.values():
         if (expert_index(name) or 0) >= num_experts:
             raise CheckpointError(
@@ -627,7 +628,7 @@ def _fit_model(model: MoePreTrainedModel, tensors: dict[str, Any], options: dict
         parts = model.upstream_parts(stem, shape)
         if not parts or stem in names:  # not an expert, or already fused
             _check_shape(names.get(stem), tensors, shape, options)
-            if stem not in names and parameter.startswith(body) and not model.is_optional_tensor(stem):
+            if stem not in names and as_stored and parameter.startswith(body) and not model.is_optional_tensor(stem):
                 missing.append(stem)
             continue
         for part, shape in parts:
