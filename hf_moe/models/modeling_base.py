@@ -28,7 +28,7 @@ from .op_moe import BACKEND_NAME
 from .weights_experts import SCALE_SUFFIX, defer_experts, expert_index, upstream_parts
 from .weights_fp8 import METHOD, BlockFp8Config, BlockFp8Quantizer, upstream_fp8_config
 from .weights_lazy import Fp8Weight, LazyTensor, QuantizedOnLoad, plain_tensors, read_quantization_config
-from .weights_safetensors import CheckpointError, ShapeError, check_folder, open_files, variant_names
+from .weights_safetensors import CheckpointError, ShapeError, check_folder, open_files, raise_caught, variant_names
 from .weights_shards import PaddedTensor, gather_state_dict
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -331,7 +331,7 @@ class MoePreTrainedModel(PreTrainedModel):
                 if any(hasattr(parameter, "placements") for parameter in model.parameters()):
                     state_dict = model.join_sharded(state_dict)
         info = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
-        _raise_from(getattr(info[0], "conversion_errors", None) or {})
+        raise_caught(getattr(info[0], "conversion_errors", None) or {})
         for table, weight in options.get("host_weights", {}).items():  # to the loader they are no tensors of the model
             table.weight = weight
         return info
@@ -403,14 +403,6 @@ class MoePreTrainedModel(PreTrainedModel):
                 tensor = load_offloaded_parameter(self, original)
             output[duplicate] = tensor.detach().clone()  # safetensors refuses tensors that share memory
         return output
-
-
-def _raise_from(conversion_errors: dict[str, str]) -> None:
-    """Raises the first `CheckpointError` that Transformers caught, as the text of a traceback, in a conversion."""
-    for text in conversion_errors.values():
-        found = re.search(r"CheckpointError: (.+)", text)
-        if found:
-            raise CheckpointError(found.group(1))
 
 
 def _read_config(cls, path, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:

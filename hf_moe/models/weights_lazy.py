@@ -47,20 +47,17 @@ class LazyScales(LazyTensor):
     """Scales of a file; reading them raises `CheckpointError` unless they are finite."""
 
     def __getitem__(self, index) -> torch.Tensor:
-        return self.read()[index]
+        scales = super().__getitem__(index)
+        _require(scales.float().isfinite().all().item(), self.entry, "holds scales that are not finite")
+        return scales
 
     def unbind(self, dim: int = 0) -> list["LazyScales"]:
         """The slices along the first dimension, unread."""
         return [LazyScales(tensor.entry) for tensor in super().unbind(dim)]
 
-    def read(self) -> torch.Tensor:
-        scales = self.entry.read()
-        _require(scales.float().isfinite().all().item(), self.entry, "holds scales that are not finite")
-        return scales
-
     def read_into(self, target: torch.Tensor) -> None:
         """Fills `target`, of the same shape."""
-        target.copy_(self.read())
+        target.copy_(self[...])
 
 
 class DecodedTensor:
@@ -97,7 +94,7 @@ class Fp8Weight(DecodedTensor):
         return self.weight.shape
 
     def decode(self) -> torch.Tensor:
-        scales = LazyScales(self.weight_scale_inv).read()
+        scales = LazyScales(self.weight_scale_inv)[...]
         return dequantize_block_fp8(self.weight.read(), scales, self.block_size, self.parts)
 
     def __getitem__(self, index) -> torch.Tensor:
@@ -115,7 +112,7 @@ class Fp8Weight(DecodedTensor):
         grid = [(start // size, -(-stop // size)) for (start, stop), size in zip(ranges, self.block_size)]
         firsts = [start * size for (start, _), size in zip(grid, self.block_size)]
         weight = self.weight.read_part(tuple(slice(first, stop) for first, (_, stop) in zip(firsts, ranges)))
-        scale = self.weight_scale_inv.read_part(tuple(slice(*span) for span in grid))
+        scale = LazyScales(self.weight_scale_inv)[tuple(slice(*span) for span in grid)]
         decoded = dequantize_block_fp8(weight, scale, self.block_size)
         top, left = (start - first for first, (start, _) in zip(firsts, ranges))
         return output.copy_(decoded[top:, left:])
@@ -141,7 +138,7 @@ class Int4Weight(DecodedTensor):
     group_size: int
 
     def decode(self) -> torch.Tensor:
-        scales = LazyScales(self.weight_scale).read()
+        scales = LazyScales(self.weight_scale)[...]
         return dequantize_packed_int4(self.weight_packed.read(), scales, self.shape, self.group_size)
 
 

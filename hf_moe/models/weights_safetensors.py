@@ -8,6 +8,7 @@ import ctypes
 import json
 import mmap
 import os
+import re
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -264,3 +265,11 @@ def _check_index(folder: Path, index_path: Path) -> None:
                 f"{folder / filename}: this shard of {index_path.name} is missing. Download it again."
             )
     open_files([str(folder / filename) for filename in filenames], weight_map)
+
+
+def raise_caught(conversion_errors: dict[str, str]) -> None:
+    """Raises the first `CheckpointError` that Transformers caught, as the text of a traceback, in a conversion."""
+    for text in conversion_errors.values():
+        found = re.search(r"CheckpointError: (.+)", text)
+        if found:
+            raise CheckpointError(found.group(1))
