@@ -12,7 +12,8 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 
 # RoPE types whose frequencies we can compute, by the name that `config.json` uses.
-SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
+SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+_ROPE_ALIASES = {"deepseek_yarn": "yarn"}  # other names in `config.json` for what Transformers computes
 MLA_MODES = ("auto", "expanded", "absorbed")
 # Not part of the file: the spelling that was read, and notes from `from_pretrained` to the loader.
 _PRIVATE = ("_upstream_keys", "_upstream_rope_scaling", "load_options")
@@ -70,13 +71,13 @@ class UpstreamConfig(PreTrainedConfig):
         self._upstream_rope_scaling = copy.deepcopy(kwargs.get("rope_scaling"))
         rope = kwargs.get("rope_scaling") or getattr(self, "rope_parameters", None)
         if rope is not None:
-            _check_rope(rope)
             # Transformers adds its own keys to the dictionary that it is given: hand it a copy.
-            name = "rope_scaling" if kwargs.get("rope_scaling") else "rope_parameters"
-            if name == "rope_scaling":
-                kwargs["rope_scaling"] = dict(rope)
+            rope = _common_names(rope)
+            _check_rope(rope)
+            if kwargs.get("rope_scaling"):
+                kwargs["rope_scaling"] = rope
             else:
-                self.rope_parameters = dict(rope)
+                self.rope_parameters = rope
         super().__post_init__(**kwargs)
 
     def _is_our_code(self, auto_map: dict[str, str] | None) -> bool:
@@ -129,7 +130,8 @@ class UpstreamConfig(PreTrainedConfig):
         upstream = self._upstream_rope_scaling
         added = {"rope_type", "rope_theta", "original_max_position_embeddings"}  # by Transformers, where missing
         if upstream is not None:
-            as_read = {**upstream, "rope_type": upstream.get("rope_type", upstream.get("type", "default"))}
+            as_read = _common_names(upstream)
+            as_read = {**as_read, "rope_type": as_read.get("rope_type", as_read.get("type", "default"))}
             if all(rope.get(key) == value for key, value in as_read.items()) and set(rope) <= set(as_read) | added:
                 return upstream
         elif rope["rope_type"] == "default":
@@ -138,8 +140,16 @@ class UpstreamConfig(PreTrainedConfig):
         return {**scaling, "type": rope["rope_type"]}
 
 
+def _common_names(rope: dict[str, Any]) -> dict[str, Any]:
+    """A copy with the type under the name that Transformers knows."""
+    names = {key: _ROPE_ALIASES.get(str(rope[key]), rope[key]) for key in ("rope_type", "type") if key in rope}
+    return {**rope, **names}
+
+
 def _check_rope(rope: dict[str, Any]) -> None:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     choose("rope_scaling type", rope_type, SUPPORTED_ROPE_TYPES)
-    if rope_type != "default" and not isinstance(rope.get("factor"), (int, float)):
-        raise ValueError(f"`rope_scaling` of type {rope_type!r} needs a number `factor`, got {rope.get('factor')!r}.")
+    bands = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    for key in () if rope_type == "default" else ("factor", *(bands if rope_type == "llama3" else ())):
+        if not isinstance(rope.get(key), (int, float)):
+            raise ValueError(f"`rope_scaling` of type {rope_type!r} needs a number `{key}`, got {rope.get(key)!r}.")

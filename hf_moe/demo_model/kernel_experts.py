@@ -8,7 +8,7 @@ Two grouped products over the sorted rows of `kernel_routing.Layout`:
   place of its slot, so that the K rows of a token are neighbours. It also serves the low-rank products of LoRA and the
   gradient of the tokens.
 
-`combine_kernel` then adds the K rows of each token in their order. No two programs write to one place and nothing is
+`kernel_combine` then adds the K rows of each token in their order. No two programs write to one place and nothing is
 added atomically: the same inputs give the same bits. The rows in between cost T * K * H elements written and read,
 against 3 * I * H read per touched expert.
 
@@ -137,11 +137,14 @@ def product(
     BLOCK_K: tl.constexpr,
     columns=None,  # (BLOCK_N,) of the result
     COLUMNS: tl.constexpr = 0,  # how many there are, if those past the end must not be read
+    piece=0,
+    IS_PIECE: tl.constexpr = False,
 ):
-    """`acc` + rows times weights over DEPTH. FP8 sums are scaled once per step, in float32."""
+    """`acc` + rows times weights over DEPTH, or over the first `piece` of it: whole steps. FP8 sums are scaled once per
+    step, in float32."""
     EVEN_K: tl.constexpr = DEPTH % BLOCK_K == 0
     k = tl.arange(0, BLOCK_K)
-    for start in range(0, DEPTH, BLOCK_K):
+    for start in range(0, piece if IS_PIECE else DEPTH, BLOCK_K):
         x = load_k(x_ptrs, start + k, DEPTH, EVEN_K, 0)
         weight = load_weight(weight_ptrs, start + k, DEPTH, EVEN_K, columns, COLUMNS)
         if WEIGHT:
@@ -496,27 +499,6 @@ def rows_kernel(
         finish_rows(acc, columns, place, out, OUT, R, TRANSPOSED, TO_SLOTS, HAS_FACTORS, BLOCK_M, BLOCK_R)
 
 
-@jit
-def combine_kernel(
-    rows_ptr,  # (T * K, H)
-    ids_ptr,  # (T, K)
-    out_ptr,  # (T, H)
-    E: tl.constexpr,
-    K: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    acc = tl.zeros((BLOCK_H,), tl.float32)
-    for choice in tl.static_range(K):
-        slot = token * K + choice
-        expert = tl.load(ids_ptr + slot)
-        limit = tl.where((expert >= 0) & (expert < E), H, 0)  # rows of other slots were never written
-        acc += tl.load(rows_ptr + slot * H + h, mask=h < limit, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * H + h, narrow(acc, out_ptr.dtype.element_ty), mask=h < H)
-
-
 def weight_kind(weight: torch.Tensor) -> int:
     """How kernels read `weight` on its device."""
     if weight.dtype != torch.float8_e4m3fn:
@@ -662,17 +644,5 @@ def multiply_rows(
         **weight_options(weight, scale),
         **lora_options(0 if low is None else low.shape[1]),
         **options,
-    )
-    return out
-
-
-def combine(rows: torch.Tensor, topk_indices: torch.Tensor, num_experts: int, dtype: torch.dtype) -> torch.Tensor:
-    """Sum (T, H) over the K rows of each token, in float32, without those of no expert."""
-    tokens, top_k = topk_indices.shape
-    hidden = rows.shape[1]
-    out = torch.empty(tokens, hidden, dtype=dtype, device=rows.device)
-    block = min(1024, next_power_of_2(hidden))
-    combine_kernel[(tokens, cdiv(hidden, block))](
-        rows, topk_indices, out, E=num_experts, K=top_k, H=hidden, BLOCK_H=block, num_warps=4
     )
     return out

@@ -77,7 +77,6 @@ def inner_grad_kernel(
     low_ptr,  # (N, R) sorted rows of the gradient times LoRA's B, or unused
     lora_ptr,  # (E, R, I) LoRA's A, or unused
     kept_ptr,  # (N, I) bool in the order of the slots: what dropout kept of the inner rows, or unused
-    kept_factor,  # 1 / (1 - dropout)
     pre_ptr,  # (N, 2I) sorted rows of gate and up
     factors_ptr,  # (N,) routing weight of each slot
     grad_pre_ptr,  # (N, 2I) sorted rows
@@ -137,7 +136,7 @@ def inner_grad_kernel(
                 mask = valid[:, None] & (columns[None, :] < I)
                 low = lora_sum(tl.zeros_like(grad), low_ptr, factor_ptrs, rows, R, BLOCK_R, I)
                 kept = tl.load(kept_ptr + slots[:, None] * I + columns[None, :], mask=mask, other=0)
-                grad += tl.where(kept != 0, low * kept_factor, 0.0)
+                grad += tl.where(kept != 0, low, 0.0)
             else:
                 grad = lora_sum(grad, low_ptr, factor_ptrs, rows, R, BLOCK_R, I)
         # In pieces: all that an element needs would not fit into the registers for a whole tile.
@@ -219,7 +218,6 @@ def inner_grad(
     low: torch.Tensor | None = None,
     lora_a: torch.Tensor | None = None,
     kept: torch.Tensor | None = None,
-    kept_factor: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Gradients that start from that of the tokens' sums.
 
@@ -229,7 +227,7 @@ def inner_grad(
         pre: (N, 2I) sorted rows of gate and up.
         factors: (N,) routing weights.
         low, lora_a: (N, R) sorted low-rank gradient rows and LoRA's A (E, R, I).
-        kept, kept_factor: (N, I) bool by slot, what dropout kept of LoRA's input, and its factor.
+        kept: (N, I) bool by slot, what dropout kept of LoRA's input; `low` has its factor.
 
     Returns the gradient of `pre` (N, 2I); with `save_inner`, the weighted inner rows (N, I); and the gradient of the
     routing weights (N,) float32, of which entries of no expert are not written.
@@ -252,8 +250,7 @@ def inner_grad(
         as_bytes(scale),
         low,
         lora_a,
-        kept if kept is None else kept.view(torch.uint8),
-        float(kept_factor),
+        kept if kept is None else kept.contiguous().view(torch.uint8),
         pre,
         factors,
         grad_pre,

@@ -133,7 +133,7 @@ def dequantize_kernel(
     tl.store(out_ptr + place, narrow(value * scale, out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit_for_any("num_rows", "blocks")
 def linear_kernel(
     x_ptr,  # (M, DEPTH)
     x_scale_ptr,  # (M, ceil(DEPTH / 128)) float32 for FP8 rows, or unused
@@ -142,9 +142,10 @@ def linear_kernel(
     bias_ptr,  # (OUT,), or unused
     out_ptr,  # (SPLITS, M, OUT)
     num_rows,
+    blocks,  # of scales along the inner dimension, for each of the SPLITS programs of a tile
     DEPTH: tl.constexpr,
     OUT: tl.constexpr,
-    SPLITS: tl.constexpr,  # pieces of the inner dimension; whole blocks of scales each
+    IS_SPLIT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     X_FP8: tl.constexpr,
@@ -155,7 +156,6 @@ def linear_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    PIECE: tl.constexpr = DEPTH // SPLITS
     GRID_K: tl.constexpr = (DEPTH + _SCALE_BLOCK - 1) // _SCALE_BLOCK
     GRID_N: tl.constexpr = (OUT + _SCALE_BLOCK - 1) // _SCALE_BLOCK
     STRIDE_K: tl.constexpr = OUT if TRANSPOSED else 1
@@ -165,7 +165,8 @@ def linear_kernel(
     tiles_m = tl.cdiv(num_rows, BLOCK_M)
     tiles_n: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     split = tl.program_id(1)
-    start = split * PIECE
+    piece = blocks * _SCALE_BLOCK  # so written, the compiler sees what it is a multiple of
+    start = split * piece if IS_SPLIT else 0
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         m, n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -183,7 +184,7 @@ def linear_kernel(
             weight_ptr + (inside[None, :] * STRIDE_N + (start + k[:, None]).to(tl.int64) * STRIDE_K),
             scale_ptr + n * BLOCK_N // _SCALE_BLOCK * SCALE_N + start // _SCALE_BLOCK * SCALE_K,
             columns,
-            PIECE,
+            DEPTH,
             STRIDE_K,
             SCALE_K,
             0,
@@ -195,6 +196,8 @@ def linear_kernel(
             BLOCK_K,
             columns,
             OUT if TRANSPOSED and OUT % BLOCK_N else 0,
+            piece,
+            IS_SPLIT,
         )
         if HAS_BIAS:
             acc += tl.load(bias_ptr + columns, mask=columns < OUT, other=0.0).to(tl.float32)[None, :]
@@ -365,9 +368,10 @@ def multiply(
         bias if splits == 1 else None,
         target,
         num_rows,
+        depth // SCALE_BLOCK // splits,
         DEPTH=depth,
         OUT=width,
-        SPLITS=splits,
+        IS_SPLIT=splits > 1,
         TRANSPOSED=transposed,
         HAS_BIAS=bias is not None and splits == 1,
         X_FP8=x_scale is not None,

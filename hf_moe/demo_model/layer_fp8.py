@@ -18,6 +18,8 @@ class Fp8Module(nn.Module):
 
     fp8_parts: dict[str, int] = {}
     fp8: Fp8Format | None = None
+    # Of parameters that are padded so that ranks can share them: their shapes in the checkpoint. See `layer_shards`.
+    unpadded_shapes: dict[str, tuple[int, ...]] = {}
     # Quantise activations: `None` decides by device. See `MoePreTrainedModel.set_fp8_activations`.
     quantize_activations: bool | None = None
 
@@ -44,7 +46,13 @@ class Fp8Module(nn.Module):
         """Replaces FP8 weights by decoded ones."""
         for name, parts in self.fp8_parts.items():
             weight, scale = getattr(self, name), getattr(self, f"{name}_scale_inv")
-            setattr(self, name, nn.Parameter(dequantize(weight, scale, self.fp8, dtype, parts)))
+            if hasattr(weight, "placements"):  # this rank's part
+                layout = {"run_check": False, "shape": weight.shape, "stride": weight.stride()}
+                decoded = dequantize(weight.to_local(), scale.to_local(), self.fp8, dtype, parts)
+                decoded = type(weight).from_local(decoded, weight.device_mesh, weight.placements, **layout)
+            else:
+                decoded = dequantize(weight, scale, self.fp8, dtype, parts)
+            setattr(self, name, nn.Parameter(decoded))
             setattr(self, f"{name}_scale_inv", None)
         self.fp8 = None
         del self.compute_dtype

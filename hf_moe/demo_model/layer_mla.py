@@ -4,8 +4,8 @@ The cache holds, per token and layer, the normed latent `c` (kv_lora_rank) and o
 (qk_rope_head_dim), and nothing else. Two evaluation orders give the same function:
 
 - **expanded**: `c` goes through `kv_b_proj` into per-head keys and values; attention runs through Transformers'
-  attention interface. Its cost per call has a term in context x latent x heads, paid again at every decode step. Of a
-  long context, only some heads are expanded at a time.
+  attention interface. Its cost per call has a term in context x latent x heads, paid again at every decode step. Only
+  so many heads are expanded at a time as a bound allows, and of a long context, without gradients, a piece at a time.
 - **absorbed**: the key half of `kv_b_proj` is applied to the queries and the value half to the attention output, so
   that scores and sums are taken against the latent itself, like multi-query attention with one head of width
   kv_lora_rank + qk_rope_head_dim. Cheaper for few queries, dearer for many. On GPUs one kernel does it.
@@ -26,14 +26,21 @@ from .layer_dense import RMSNorm
 from .layer_linear import Linear
 from .layer_rope import rotate_halves, rotate_interleaved, yarn_softmax_gain
 from .op_mla import decodes_on_kernels, latent_decode, latent_scores, weigh_and_sum
+from .op_prefill import LONG_CONTEXT, CausalMask, latent_prefill
 
 # Elements of per-head keys and values that expanded attention holds at a time where no gradient needs them all.
 _EXPANDED_ELEMENTS = 1 << 26
-
+# From so many queries on, PyTorch's flash attention is faster on the CPU, though it wants values as wide as keys: with
+# heads of 192 and 128 in bfloat16, 33 instead of 65 ms for a prompt of 1,024 tokens. The other form, which takes any
+# widths, also holds the scores of all heads.
+_FLASH_QUERIES = 128
 
 # What the calls that the absorbed order has more cost, in multiplications: measured with 4 heads and latents of 64 on a
 # CPU, a step takes 2.7 ms expanded and 3.4 ms absorbed at 64 tokens, 3.4 and 3.9 ms at 500.
 _ABSORBED_EXTRA_CALLS = 16_000_000
+
+# Elements of the scores that absorbed attention holds at a time: 64 heads and 8,192 tokens, 128 queries.
+_ABSORBED_SCORES = 1 << 26
 
 
 def absorbed_is_cheaper(config, num_queries: int, context: int) -> bool:
@@ -109,6 +116,22 @@ def absorbed_attention(
     return weigh_and_sum(scores, attention_mask, latent, dropout)
 
 
+def absorbed_in_blocks(query, query_rope, latent, key_rope, attention_mask, *options):
+    """`absorbed_attention` some queries at a time, where the scores of all are many; then without the weights."""
+    _, seq, heads, _ = query.shape
+    step = max(1, _ABSORBED_SCORES // max(1, query.shape[0] * heads * latent.shape[2]))
+    if step >= seq:
+        return absorbed_attention(query, query_rope, latent, key_rope, attention_mask, *options)
+    attended = torch.empty_like(query)
+    for start in range(0, seq, step):
+        some, mask = slice(start, start + step), attention_mask
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask[:, :, some]
+        operands = query[:, some], query_rope[:, some], latent, key_rope, mask
+        attended[:, some] = absorbed_attention(*operands, *options)[0]
+    return attended, None
+
+
 class LatentAttention(nn.Module):
     """Multi-head latent attention with both evaluation orders; parameter names are the upstream ones.
 
@@ -171,8 +194,8 @@ class LatentAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, S, hidden) to (B, S, hidden), and the attention weights (B, h, S, T) where the backend has them.
 
-        `attention_mask` is what the attention interface takes in the expanded order, and boolean or additive
-        (B, 1, S, T) or `None` in the absorbed one.
+        `attention_mask` is what the attention interface takes, or a `CausalMask`, in the expanded order, and boolean
+        or additive (B, 1, S, T) or `None` in the absorbed one.
         """
         batch, seq, _ = hidden_states.shape
         cos, sin = position_embeddings
@@ -202,6 +225,13 @@ class LatentAttention(nn.Module):
         return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
 
     def _attend_expanded(self, query_nope, query_rope, latent, key_rope, attention_mask, **kwargs):
+        mask = self._mask_of_long_context(query_nope, latent, attention_mask, kwargs)
+        if mask is not None:
+            return self._attend_pieces(query_nope, query_rope, latent, key_rope, mask), None
+        if isinstance(attention_mask, CausalMask):
+            context = attention_mask.past + query_nope.shape[1]
+            latent, key_rope = latent[:, :, :context], key_rope[:, :, :context]
+            attention_mask = attention_mask.matrix(query_nope.shape[1], query_nope.device)
         query = torch.cat((query_nope, query_rope), dim=-1).transpose(1, 2)  # (B, h, S, n + p)
         size = self._heads_at_a_time(query.shape[1], latent)
         if size >= query.shape[1]:
@@ -214,21 +244,65 @@ class LatentAttention(nn.Module):
         outputs, weights = zip(*parts)
         return torch.cat(outputs, dim=2), None if weights[0] is None else torch.cat(weights, dim=1)
 
+    def _mask_of_long_context(self, query, latent, attention_mask, kwargs: dict) -> CausalMask | None:
+        """The mask for `_attend_pieces`; `None` where the attention interface has to attend."""
+        if attention_mask is None:  # as the interface reads it: causal from the first token, or a single query
+            attention_mask = CausalMask(latent.shape[2] - 1 if query.shape[1] == 1 else 0)
+        if not isinstance(attention_mask, CausalMask) or attention_mask.past + query.shape[1] < LONG_CONTEXT:
+            return None
+        plain = self.config._attn_implementation == "sdpa" and self.observe_logits is None and not self._drops()
+        causal = kwargs.get("is_causal") in (None, True) and getattr(self.config, "is_causal", True)
+        if not plain or not causal or torch.compiler.is_compiling() or self._needs_grad(latent, query):
+            return None
+        return attention_mask
+
+    def _attend_pieces(self, query_nope, query_rope, latent, key_rope, mask: CausalMask) -> torch.Tensor:
+        """(B, S, h, v), with a piece of the context expanded at a time."""
+        dtype, width = query_nope.dtype, self.qk_nope_head_dim + self.v_head_dim
+        latent, key_rope = latent.squeeze(1), key_rope.squeeze(1)
+        by_head = self._expands_by_head()
+
+        def expand(first: int, count: int, start: int, stop: int) -> torch.Tensor:
+            piece = latent[:, start:stop]
+            if by_head:
+                return self.kv_b_proj.outputs(piece, first * width, (first + count) * width).to(dtype)
+            return self.kv_b_proj(piece).to(dtype)
+
+        # Under autocast, what was rotated is wider than what was projected.
+        query_rope, key_rope = query_rope.to(dtype), key_rope.to(dtype)
+        step = self._head_step() if by_head else 0
+        return latent_prefill(query_nope, query_rope, key_rope, expand, mask, self.scaling, self.v_head_dim, step)
+
+    def _drops(self) -> float:
+        return self.attention_dropout if self.training else 0.0
+
+    def _needs_grad(self, *tensors: torch.Tensor) -> bool:
+        """Whether a backward pass may go through the expansion."""
+        trained = any(tensor.requires_grad for tensor in (*tensors, *self.kv_b_proj.parameters()))
+        return torch.is_grad_enabled() and trained
+
+    def _expands_by_head(self) -> bool:
+        """Whether `kv_b_proj` gives some heads alone; a wrapped or sharded module gives all at once."""
+        module = self.kv_b_proj
+        hooked = hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks
+        return type(module) is Linear and not hooked and type(module.weight) in (torch.Tensor, nn.Parameter)
+
+    def _head_step(self) -> int:
+        """Heads that are expanded together come in multiples of this: FP8 weights in whole rows of blocks."""
+        if self.kv_b_proj.fp8 is None:
+            return 1
+        rows, width = self.kv_b_proj.fp8.block_size[0], self.qk_nope_head_dim + self.v_head_dim
+        return math.lcm(rows, width) // width
+
     def _heads_at_a_time(self, heads: int, latent: torch.Tensor) -> int:
         """How many heads to expand together, so that their keys and values stay within `_EXPANDED_ELEMENTS`."""
-        module = self.kv_b_proj
-        whole = type(module) is not Linear or hasattr(module, "_hf_hook") or torch.compiler.is_compiling()
-        if whole or (torch.is_grad_enabled() and (latent.requires_grad or module.weight.requires_grad)):
-            return heads  # a wrapped module gives all heads at once, and autograd keeps them all
+        if not self._expands_by_head() or torch.compiler.is_compiling() or self._needs_grad(latent):
+            return heads  # autograd keeps them all
         batch, _, context, _ = latent.shape
         # What kv_b_proj gives, and the keys with their rotary part.
         per_head = batch * context * (2 * self.qk_nope_head_dim + self.v_head_dim + self.qk_rope_head_dim)
-        size = max(1, _EXPANDED_ELEMENTS // max(1, per_head))
-        if module.fp8 is not None:  # whole rows of blocks
-            rows, width = module.fp8.block_size[0], self.qk_nope_head_dim + self.v_head_dim
-            step = math.lcm(rows, width) // width
-            size = max(1, size // step) * step
-        return size
+        step, size = self._head_step(), max(1, _EXPANDED_ELEMENTS // max(1, per_head))
+        return max(1, size // step) * step
 
     def _attend_heads(self, query, expanded, key_rope, attention_mask, first_head: int = 0, **kwargs):
         """(B, g, S, n + p) queries of g heads and their (B, T, g (n + v)) keys and values to (B, S, g, v)."""
@@ -241,7 +315,10 @@ class LatentAttention(nn.Module):
         implementation = self.config._attn_implementation
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         # Flash kernels take one width for queries, keys and values.
-        pad = self.qk_head_dim - self.v_head_dim if "flash" in (implementation or "") else 0
+        flash = "flash" in (implementation or "") or (
+            implementation == "sdpa" and query.device.type == "cpu" and query.shape[2] >= _FLASH_QUERIES
+        )
+        pad = self.qk_head_dim - self.v_head_dim if flash else 0
         if pad > 0:
             value = nn.functional.pad(value, (0, pad))
         output, weights = attention(
@@ -250,7 +327,7 @@ class LatentAttention(nn.Module):
             key,
             value,
             attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
+            dropout=self._drops(),
             scaling=self.scaling,
             **kwargs,
         )
@@ -262,13 +339,14 @@ class LatentAttention(nn.Module):
         # Into latent space, head by head: (h, B S, n) x (h, n, r).
         query = torch.bmm(query_nope.flatten(0, 1).transpose(0, 1), key_half)
         query = query.transpose(0, 1).unflatten(0, (batch, seq))  # (B, S, h, r)
-        dropout = self.attention_dropout if self.training else 0.0
+        dropout = self._drops()
         if not dropout and not self._wants_weights(kwargs) and decodes_on_kernels(query, latent, attention_mask):
             attended, weights = latent_decode(query, query_rope, latent, key_rope, attention_mask, self.scaling), None
         else:
-            attended, weights = absorbed_attention(
-                query, query_rope, latent, key_rope, attention_mask, self.scaling, dropout
-            )
+            attend = absorbed_attention
+            if not torch.is_grad_enabled() and not self._wants_weights(kwargs) and not torch.compiler.is_compiling():
+                attend = absorbed_in_blocks
+            attended, weights = attend(query, query_rope, latent, key_rope, attention_mask, self.scaling, dropout)
         # And out of it: (h, v, r) x (h, r, B S). The weight goes first, since it must not be copied.
         output = torch.bmm(value_half, attended.flatten(0, 1).permute(1, 2, 0))
         return output.permute(2, 0, 1).unflatten(0, (batch, seq)), weights  # (B, S, h, v)

@@ -1,8 +1,8 @@
 """Rotary position embedding with YaRN, in the pairwise layout of the upstream checkpoints.
 
-Frequencies come from Transformers' RoPE functions (plain, linear, dynamic NTK and YaRN, arXiv 2309.00071). The rotary
-dimensions are interleaved pairs (0, 1), (2, 3), ...: the rotation below turns the pairs where they stand, so cached
-keys keep the upstream order.
+Frequencies come from Transformers' RoPE functions (plain, linear, dynamic NTK, Llama 3 and YaRN, arXiv 2309.00071).
+The rotary dimensions are interleaved pairs (0, 1), (2, 3), ...: the rotation below turns the pairs where they stand, so
+cached keys keep the upstream order.
 """
 
 import math

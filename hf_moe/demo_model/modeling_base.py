@@ -4,7 +4,7 @@ import copy
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ from transformers.modeling_utils import PreTrainedModel
 from .layer_experts import Experts
 from .layer_fp8 import Fp8Module, refuse_cast
 from .layer_router import TopkRouter, ZeroExpertRouter
+from .layer_shards import fit_fp8_to_ranks
 from .op_experts import TRITON_BACKEND_NAME
 from .op_fp8 import Fp8Format
 from .op_moe import BACKEND_NAME
 from .weights_experts import SCALE_SUFFIX, defer_experts, expert_index, upstream_parts
-from .weights_fp8 import BlockFp8Config, BlockFp8Quantizer, upstream_fp8_config
+from .weights_fp8 import METHOD, BlockFp8Config, BlockFp8Quantizer, upstream_fp8_config
 from .weights_lazy import Fp8Weight, LazyTensor, QuantizedOnLoad, plain_tensors, read_quantization_config
-from .weights_safetensors import CheckpointError, ShapeError, check_folder, open_files, variant_names
+from .weights_safetensors import CheckpointError, ShapeError, check_folder, open_files, raise_caught, variant_names
+from .weights_shards import PaddedTensor, gather_state_dict
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Arguments that both the configuration and the weights are fetched with.
@@ -142,6 +144,10 @@ class MoePreTrainedModel(PreTrainedModel):
         """What a parameter's name and its name in a file have in common."""
         return _stem(name)
 
+    def upstream_name(self, stem: str) -> str:
+        """A stem as upstream files name the tensor."""
+        return f"model.{stem}"
+
     def upstream_parts(self, stem: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
         """Stems and shapes of the upstream tensors that a fused parameter is made of; nothing for any other one."""
         parts = upstream_parts(stem, shape[0]) if shape else ()
@@ -164,8 +170,8 @@ class MoePreTrainedModel(PreTrainedModel):
         """Tensors that upstream files repeat and this model holds once: `{duplicate: original}`, upstream names."""
         return {}
 
-    def is_mtp_tensor(self, stem: str) -> bool:
-        """Whether `stem`, an upstream name without the `model.` prefix, belongs to an MTP layer."""
+    def is_optional_tensor(self, stem: str) -> bool:
+        """Whether a checkpoint may lack `stem`, an upstream name without the `model.` prefix."""
         return False
 
     def untie_mtp_tensor(self, duplicate: str) -> None:
@@ -206,16 +212,11 @@ class MoePreTrainedModel(PreTrainedModel):
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def _fit_plans_to_fp8(self) -> None:
-        """Scales are sharded with the experts that they belong to; FP8 modules are not cut by tensor parallelism."""
+        """Scales are sharded with the experts that they belong to. What is cut otherwise `layer_shards` sees to."""
         stems = {_numbered(name) for name, module in self.named_modules() if getattr(module, "fp8", None) is not None}
         for name, style in dict(self._ep_plan or {}).items():
             if style == "grouped_gemm" and name.rpartition(".")[0] in stems:
                 self._ep_plan[name + SCALE_SUFFIX] = style
-        self._tp_plan = {
-            name: style
-            for name, style in (self._tp_plan or {}).items()
-            if name not in stems and name.rpartition(".")[0] not in stems
-        }
 
     def freeze_fp8(self) -> None:
         """Takes the gradient from FP8 weights and their scales."""
@@ -268,7 +269,8 @@ class MoePreTrainedModel(PreTrainedModel):
 
         Raises:
             CheckpointError: (an `OSError` and a `ValueError`) for missing, truncated or foreign files, pickles,
-                missing or surplus experts, wrong shapes and incomplete quantised tensors.
+                missing tensors, surplus experts, wrong shapes, incomplete quantised tensors and scales that are not
+                finite. Tensors of a head may be missing.
         """
         path = pretrained_model_name_or_path
         if path is not None and kwargs.get("gguf_file") is None:
@@ -299,6 +301,7 @@ class MoePreTrainedModel(PreTrainedModel):
     def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
         """As in Transformers; experts that ranks share out leave the plan of tensor parallelism, which PEFT reads."""
         model = super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+        fit_fp8_to_ranks(model)
         if _is_expert_parallel(distributed_config):
             experts = {_numbered(name) for name, module in model.named_modules() if isinstance(module, Experts)}
             # Older Transformers give the plan of expert parallelism in its place.
@@ -324,10 +327,11 @@ class MoePreTrainedModel(PreTrainedModel):
             as_stored = all(isinstance(tensor, LazyTensor) for tensor in tensors.values())
             if options.get("renamed") or not as_stored or not (to_disk or is_deepspeed_zero3_enabled()):
                 # Offloading to disk refers to plain files where they lie, and ZeRO-3 reads them itself.
-                state_dict, checkpoint_files = defer_experts(tensors), None
+                state_dict, checkpoint_files = defer_experts(_pad_to_ranks(model, tensors, options)), None
                 if any(hasattr(parameter, "placements") for parameter in model.parameters()):
                     state_dict = model.join_sharded(state_dict)
         info = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        raise_caught(getattr(info[0], "conversion_errors", None) or {})
         for table, weight in options.get("host_weights", {}).items():  # to the loader they are no tensors of the model
             table.weight = weight
         return info
@@ -338,12 +342,17 @@ class MoePreTrainedModel(PreTrainedModel):
         """Saves upstream names, the configuration in upstream spelling and the remote code. Arguments as Transformers.
 
         Files are written beside their final place and moved when all are complete, so that an interrupted save leaves
-        an older checkpoint as it was.
+        an older checkpoint as it was. Of a model that ranks share out, all call this and the first one writes.
+
+        Raises:
+            ValueError: for `distributed_checkpoint=True` where there are FP8 weights.
         """
         if self.is_remote_code():
             self.config.auto_map = dict(self.config.remote_code_map)
         if not any(self._fp8_modules()):
             _drop_fp8_config(self.config)  # of a model that was made from the configuration of an FP8 checkpoint
+        elif kwargs.get("distributed_checkpoint"):
+            raise ValueError("FP8 weights are not written by each rank for itself: leave out `distributed_checkpoint`.")
         arguments = {"is_main_process": is_main_process, "state_dict": state_dict, **kwargs}
         if getattr(self, "_hf_peft_config_loaded", False) or kwargs.get("distributed_checkpoint"):
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **arguments)
@@ -366,6 +375,22 @@ class MoePreTrainedModel(PreTrainedModel):
         with tempfile.TemporaryDirectory(dir=save_directory, prefix=".saving-") as staging:
             super().save_pretrained(staging, **arguments)
             _replace_files(Path(staging), Path(save_directory), arguments.get("variant"))
+
+    def gather_sharded_state_dict_for_save(
+        self, model_to_save, state_dict: dict[str, Any], distributed_config: Any, *, save_on_this_rank: bool = True
+    ) -> dict[str, Any]:
+        """As in Transformers, also for FP8 and padded tensors; ranks that write nothing hold one at a time."""
+        shapes = {
+            f"{name}.{parameter}": (shape, module.fp8_parts[parameter.removesuffix(SCALE_SUFFIX)])
+            for name, module in model_to_save.named_modules()
+            for parameter, shape in getattr(module, "unpadded_shapes", {}).items()
+        }
+        sizes = {name: getattr(distributed_config, name, None) or 1 for name in ("tp_size", "dp_size", "fsdp_size")}
+        if sizes.pop("tp_size") > 1 and set(sizes.values()) == {1}:
+            return gather_state_dict(state_dict, shapes, save_on_this_rank)
+        return super().gather_sharded_state_dict_for_save(
+            model_to_save, state_dict, distributed_config, save_on_this_rank=save_on_this_rank
+        )
 
     def _with_duplicates(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The same and the copies that upstream files hold of some; none of what a caller's own has left out."""
@@ -407,13 +432,11 @@ def _refuse_for_fp8(arguments: dict[str, Any]) -> None:
         ValueError: with what to do instead.
     """
     distributed = arguments.get("distributed_config")
-    sharded = any((getattr(distributed, name, None) or 1) > 1 for name in ("fsdp_size", "dp_replicate_size", "pp_size"))
-    if arguments.get("tp_plan") is not None or (
-        distributed is not None and (sharded or not _is_expert_parallel(distributed))
-    ):
+    sizes = distributed if isinstance(distributed, dict) else vars(distributed) if distributed is not None else {}
+    if any((sizes.get(name) or 1) > 1 for name in ("fsdp_size", "dp_replicate_size", "pp_size")):
         raise ValueError(
-            "FP8 weights can be sharded by expert alone: `DistributedConfig(tp_size=N, ep_size=N)` leaves all others "
-            "whole on every device. Pass `dequantize=True` for any other sharding."
+            "FP8 weights are sharded by tensor parallelism, `DistributedConfig(tp_size=N)`, or by expert, with "
+            "`ep_size=N` too. Pass `dequantize=True` for any other sharding."
         )
     if any(tensor.dtype == torch.float8_e4m3fn for tensor in (arguments.get("state_dict") or {}).values()):
         raise ValueError(
@@ -485,19 +508,14 @@ def _store_fp8(
     Raises:
         CheckpointError: if the parts of one parameter differ in what they are.
     """
-    conversions = get_model_conversion_mapping(model, key_mapping)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    parameters, modules = model.state_dict(), dict(model.named_modules())
+    modules = dict(model.named_modules())
     found: dict[str, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
-        stem, _, parameter = target.rpartition(".")
+    for name, stem, parameter in _targets(model, tensors, key_mapping):
         module = modules.get(stem)
         if isinstance(module, Fp8Module) and parameter in module.fp8_parts:
             ends = () if skipped is None else (*model._fp8_modules_to_not_convert, *skipped)
             if not any(stem == end or stem.endswith(f".{end}") for end in ends):
-                found.setdefault(stem, {})[name] = tensor
+                found.setdefault(stem, {})[name] = tensors[name]
     output: dict[str, Any] = {}
     for stem, group in found.items():
         pairs = {name: tensor.stored() for name, tensor in group.items() if isinstance(tensor, _FP8_TENSORS)}
@@ -511,6 +529,38 @@ def _store_fp8(
         modules[stem].store_fp8(Fp8Format(request.block_size, request.ue8m0, request.dynamic), dtypes.pop())
         for name, (values, scales) in pairs.items():
             output[name], output[name + SCALE_SUFFIX] = values, scales
+    return output
+
+
+def _targets(
+    model: MoePreTrainedModel, names: Iterable[str], key_mapping: dict[str, str] | None
+) -> Iterator[tuple[str, str, str]]:
+    """For each tensor of a checkpoint its name, and the module and parameter that it goes to."""
+    conversions = get_model_conversion_mapping(model, key_mapping)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    parameters = model.state_dict()
+    for name in names:
+        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        stem, _, parameter = target.rpartition(".")
+        yield name, stem, parameter
+
+
+def _pad_to_ranks(model: MoePreTrainedModel, tensors: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The tensors to load, those of padded parameters as large as these."""
+    padded = {name: module for name, module in model.named_modules() if getattr(module, "unpadded_shapes", None)}
+    if not padded:
+        return tensors
+    output, weights = dict(tensors), [name for name in tensors if name + SCALE_SUFFIX in tensors]
+    for weight, stem, parameter in _targets(model, weights, options["key_mapping"]):
+        for suffix in ("", SCALE_SUFFIX):
+            module, name, target = padded.get(stem), weight + suffix, parameter + suffix
+            if module is not None and target in module.unpadded_shapes:
+                *_, rows, cols = getattr(module, target).shape
+                *leading, height, _ = tensors[name].get_shape()
+                share = module.unpadded_shapes[target][-2] // height  # 2: gate or up alone
+                parts = module.fp8_parts[parameter] // share
+                output[name] = PaddedTensor(tensors[name], (*leading, rows // share, cols), parts)
     return output
 
 
@@ -556,7 +606,9 @@ def _fit_model(model: MoePreTrainedModel, tensors: dict[str, Any], options: dict
     shared = {re.escape(_stem(duplicate)) for duplicate in model.mtp_duplicates()}
     model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | shared
 
-    num_experts, missing = model.config.get_text_config().n_routed_experts, []
+    num_experts, missing, of_experts = model.config.get_text_config().n_routed_experts, [], False
+    body = "" if model.base_model is model else f"{model.base_model_prefix}."  # a head may be new
+    as_stored = getattr(model, "quantization_method", METHOD) == METHOD  # other methods bring tensors of their own
     for name in names.values():
         if (expert_index(name) or 0) >= num_experts:
             raise CheckpointError(
@@ -568,20 +620,22 @@ def _fit_model(model: MoePreTrainedModel, tensors: dict[str, Any], options: dict
         parts = model.upstream_parts(stem, shape)
         if not parts or stem in names:  # not an expert, or already fused
             _check_shape(names.get(stem), tensors, shape, options)
-            if stem not in names and model.is_mtp_tensor(stem):
+            if stem not in names and as_stored and parameter.startswith(body) and not model.is_optional_tensor(stem):
                 missing.append(stem)
             continue
         for part, shape in parts:
             if part not in names:
                 missing.append(part)
+                of_experts = True
             else:
                 _check_shape(names[part], tensors, shape, options)
     if missing:
         source = options["source"] or "The checkpoint"
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        key = f" (`{model.experts_key}={num_experts}`)" if of_experts else ""
         raise CheckpointError(
-            f"{source}: tensor model.{missing[0]}{more} missing. They would be newly initialised; complete the "
-            f"checkpoint, or correct config.json (`{model.experts_key}={num_experts}`)."
+            f"{source}: tensor {model.upstream_name(missing[0])}{more} missing. They would be newly initialised; "
+            f"complete the checkpoint, or correct config.json{key}."
         )
 
 

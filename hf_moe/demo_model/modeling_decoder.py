@@ -6,6 +6,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from .layer_cache import GrowingLayer
+from .layer_mask import long_mask
 from .layer_mla import absorbed_is_cheaper
 
 
@@ -45,6 +46,8 @@ class LatentDecoderMixin:
         if absorbed:
             # Absorbed attention reads boolean masks, whatever the attention implementation of the expanded order is.
             config = _BooleanMaskConfig(getattr(config, "is_causal", True))
+        elif (mask := long_mask(config, inputs_embeds, attention_mask, past_key_values)) is not None:
+            return mask
         if past and config._attn_implementation == "sdpa" and getattr(config, "is_causal", True):
             # What Transformers would make, in a fifth of the time: a tenth of what a small MTP layer takes.
             return torch.ones((1, 1, seq, past + seq), dtype=torch.bool, device=inputs_embeds.device).tril(past)

@@ -101,10 +101,6 @@ class DeepseekV3PreTrainedModel(MoePreTrainedModel):
         last = max((int(parts[1]) for parts in marked), default=-1)
         return max(0, last + 1 - self.config.num_hidden_layers)
 
-    def is_mtp_tensor(self, stem: str) -> bool:
-        parts = stem.split(".")
-        return parts[0] == "layers" and int(parts[1]) >= self.config.num_hidden_layers
-
     def mtp_duplicates(self) -> dict[str, str]:
         prefix = "" if self.base_model is self else "model."
         duplicates = {}

@@ -1,4 +1,4 @@
-"""Routed experts on tensors: the definition in plain PyTorch, and the same on Triton kernels with its gradients.
+"""Routed experts on tensors: the definition in plain PyTorch, and the choice between the forms that compute it.
 
 `experts` is the function to call. Weights may be frozen block FP8, and low-rank factors (LoRA) may go along: they are
 applied to the rows of their expert inside the grouped products, so that no sum of weights is ever built.
@@ -8,81 +8,21 @@ Shapes: T tokens, K choices per token, E experts, H hidden, I intermediate, N = 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .kernel_experts import combine, gate_up, multiply_rows
-from .kernel_experts_backward import inner_grad, sum_outer
-from .kernel_fp8 import quantize_rows as quantize_on_kernel
-from .kernel_routing import Layout, build_layout
-from .kernel_tiles import SCALE_BLOCK, tile_rows
+from .kernel_tiles import SCALE_BLOCK
+from .op_expert_lora import ExpertLora, draw_dropout  # noqa: F401  the names that others take from here
 from .op_experts_cpu import experts_cpu_training
+from .op_experts_traced import experts_traced
+from .op_experts_triton import experts_triton
 from .op_quant import dequantize_rows, quantize_rows
-from .triton_compat import converts_fp8, on_device, runs_kernels
+from .triton_compat import runs_kernels
 
-# Rows of slots are summed in float32; above so many bytes they wait for it in the dtype of the model.
-_MAX_WIDE_BYTES = 64 << 20
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_BACKEND_NAME = "hf_moe_triton"
-
-
-@dataclass(frozen=True)
-class ExpertLora:
-    """Low-rank factors of each expert; a pair is `None` where its weight has none.
-
-    Attributes:
-        gate_up_a: (E, R, H).
-        gate_up_b: (E, 2I, R).
-        down_a: (E, R, I).
-        down_b: (E, H, R).
-        gate_up_scaling, down_scaling: factor of each product, such as alpha / R.
-        kept_hidden: (T, H) bool, what dropout keeps of the tokens on their way into `gate_up_a`.
-        kept_inner: (T * K, I) bool in the order of the slots, the same for `down_a`.
-        dropout: probability with which the masks were drawn; kept values are divided by 1 - `dropout`.
-    """
-
-    gate_up_a: torch.Tensor | None = None
-    gate_up_b: torch.Tensor | None = None
-    down_a: torch.Tensor | None = None
-    down_b: torch.Tensor | None = None
-    gate_up_scaling: float = 1.0
-    down_scaling: float = 1.0
-    kept_hidden: torch.Tensor | None = None
-    kept_inner: torch.Tensor | None = None
-    dropout: float = 0.0
-
-    @property
-    def factors(self) -> tuple[torch.Tensor | None, ...]:
-        return self.gate_up_a, self.gate_up_b, self.down_a, self.down_b
-
-    @property
-    def kept_factor(self) -> float:
-        return 1.0 / (1.0 - self.dropout) if self.dropout < 1.0 else 0.0
-
-    def add(self, product: torch.Tensor, rows: torch.Tensor, name: str, expert: int, at: torch.Tensor) -> torch.Tensor:
-        """`product`, of one expert's `rows` with its weight, and the low-rank part; `name` is `"gate_up"` or `"down"`,
-        `at` the places of the rows among tokens or slots."""
-        a, b = getattr(self, f"{name}_a"), getattr(self, f"{name}_b")
-        if a is None:
-            return product
-        kept = self.kept_hidden if name == "gate_up" else self.kept_inner
-        if kept is not None:
-            rows = rows * kept[at] * self.kept_factor
-        low = F.linear(F.linear(rows.to(a.dtype), a[expert]), b[expert])
-        return product + (getattr(self, f"{name}_scaling") * low).to(product.dtype)
-
-
-def draw_dropout(
-    hidden_states: torch.Tensor, top_k: int, intermediate: int, dropout: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks (T, H) and (T * K, I) of an `ExpertLora` with this dropout, from the generator of the device."""
-    tokens, hidden = hidden_states.shape
-    shapes = (tokens, hidden), (tokens * top_k, intermediate)
-    return tuple(torch.rand(shape, device=hidden_states.device) >= dropout for shape in shapes)
 
 
 # --- the definition ---------------------------------------------------------------------------------------------------
@@ -152,170 +92,6 @@ def experts_torch(
             rows = rows + (quantized * weight - rows).detach()
         output = output.index_add(0, token, rows)
     return output.to(hidden_states.dtype)
-
-
-# --- on kernels -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What of a call is no tensor with a gradient."""
-
-    topk_indices: torch.Tensor
-    gate_up_scale: torch.Tensor | None
-    down_scale: torch.Tensor | None
-    lora: ExpertLora
-    quantize: bool = False
-    ue8m0: bool = False
-
-
-def _rows_dtype(dtype: torch.dtype, num_slots: int, hidden: int) -> torch.dtype:
-    return torch.float32 if num_slots * hidden * 4 <= _MAX_WIDE_BYTES else dtype
-
-
-def _drop_sorted(inner: torch.Tensor, lora: ExpertLora, order: torch.Tensor) -> torch.Tensor:
-    """What dropout leaves of sorted inner rows; rows of no expert stay whatever memory held."""
-    if lora.kept_inner is None:
-        return inner
-    return torch.where(lora.kept_inner[order], inner * lora.kept_factor, 0)
-
-
-def _in_dtype(factors, dtype: torch.dtype) -> list[torch.Tensor | None]:
-    """Factors as kernels take them. Those of a wider dtype (adapters in float32 on a bfloat16 model) are multiplied in
-    the dtype of the tokens, and their gradients written in their own."""
-    return [factor if factor is None else factor.to(dtype) for factor in factors]
-
-
-def _forward(hidden, topk_weights, gate_up_proj, down_proj, factors, plan: _Plan, save: bool):
-    """Output (T, H), and what a backward pass needs if `save`."""
-    lora, dtype = plan.lora, hidden.dtype
-    factors = _in_dtype(factors, dtype)
-    (tokens, top_k), num_experts = plan.topk_indices.shape, gate_up_proj.shape[0]
-    layout = build_layout(plan.topk_indices, num_experts, tile_rows(tokens * top_k, num_experts, dtype))
-    gate_up_a, gate_up_b, down_a, down_b = factors
-    low = low_inner = None
-    dropped = hidden if lora.kept_hidden is None else hidden * lora.kept_hidden * lora.kept_factor
-    if gate_up_a is not None:
-        options = {"gather": True, "alpha": lora.gate_up_scaling, "out_dtype": dtype}
-        low = multiply_rows(dropped, gate_up_a, None, layout, top_k, **options)  # (N, R)
-    rows, x_scale = quantize_on_kernel(hidden, plan.ue8m0) if plan.quantize else (hidden, None)
-    inner, pre = gate_up(
-        rows,
-        gate_up_proj,
-        plan.gate_up_scale,
-        layout,
-        top_k,
-        # Half as many bits would round rows to another FP8 value often enough to cost 1 % of the result.
-        out_dtype=torch.float32 if plan.quantize else dtype,
-        pre_dtype=dtype if save else None,
-        x_scale=x_scale,
-        low=low,
-        lora_b=gate_up_b,
-    )
-    if down_a is not None:
-        rows = _drop_sorted(inner, lora, layout.order).to(dtype)
-        low_inner = multiply_rows(rows, down_a, None, layout, top_k, alpha=lora.down_scaling, out_dtype=dtype)
-        del rows
-    rows_dtype = _rows_dtype(dtype, tokens * top_k, hidden.shape[1])
-    # Rows of no expert are quantised as memory holds them, and read by nobody.
-    inner, x_scale = quantize_on_kernel(inner, plan.ue8m0) if plan.quantize else (inner, None)
-    options = {"to_slots": True, "factors": topk_weights, "out_dtype": rows_dtype, "low": low_inner, "lora": down_b}
-    rows = multiply_rows(inner, down_proj, plan.down_scale, layout, top_k, x_scale=x_scale, **options)
-    output = combine(rows, plan.topk_indices, num_experts, dtype)
-    return output, (layout, pre, low, low_inner)
-
-
-class _Experts(torch.autograd.Function):
-    """Experts on kernels. Kept for the backward pass beside the inputs: gate and up (N, 2I), the low-rank rows, and
-    the layout."""
-
-    @staticmethod
-    def forward(ctx, hidden, topk_weights, gate_up_proj, down_proj, plan, *factors):
-        output, (layout, pre, low, low_inner) = _forward(
-            hidden, topk_weights, gate_up_proj, down_proj, factors, plan, save=True
-        )
-        ctx.save_for_backward(hidden, topk_weights, gate_up_proj, down_proj, pre, low, low_inner, *layout[:4], *factors)
-        ctx.plan, ctx.block_m = plan, layout.block_m
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
-        with on_device(grad_output):
-            return _backward(ctx, grad_output.contiguous())
-
-
-def _backward(ctx, grad_output: torch.Tensor) -> tuple:
-    """Gradients in the order of the arguments of `_Experts.forward`."""
-    hidden, topk_weights, gate_up_proj, down_proj, pre, low, low_inner, *rest = ctx.saved_tensors
-    plan, lora, dtype = ctx.plan, ctx.plan.lora, hidden.dtype
-    layout, (gate_up_a, gate_up_b, down_a, down_b) = Layout(*rest[:4], ctx.block_m), _in_dtype(rest[4:], dtype)
-    wide = [factor if factor is None else factor.dtype for factor in rest[4:]]  # of the gradients
-    needs_hidden, _, needs_gate_up, needs_down, _, *needs_factors = ctx.needs_input_grad
-    ids, num_experts, top_k = plan.topk_indices, gate_up_proj.shape[0], plan.topk_indices.shape[1]
-    low_grad = low_pre = None
-    grads = dict.fromkeys(("hidden", "gate_up", "down", "gate_up_a", "gate_up_b", "down_a", "down_b"))
-
-    if down_a is not None:
-        options = {"gather": True, "transposed": True, "alpha": lora.down_scaling, "out_dtype": dtype}
-        low_grad = multiply_rows(grad_output, down_b, None, layout, top_k, **options)  # (N, R), not yet weighted
-    grad_pre, inner, grad_weights = inner_grad(
-        grad_output,
-        down_proj,
-        plan.down_scale,
-        layout,
-        top_k,
-        pre,
-        topk_weights,
-        save_inner=needs_down or needs_factors[2],
-        low=low_grad,
-        lora_a=down_a,
-        kept=lora.kept_inner if down_a is not None else None,
-        kept_factor=lora.kept_factor,
-    )
-    grad_weights = grad_weights.view_as(topk_weights).masked_fill((ids < 0) | (ids >= num_experts), 0.0)
-    if needs_down:
-        grads["down"] = sum_outer(grad_output, inner, layout, top_k, gather_left=True, out_dtype=down_proj.dtype)
-    if needs_factors[2]:
-        dropped = _drop_sorted(inner, lora, layout.order)
-        grads["down_a"] = sum_outer(low_grad, dropped, layout, top_k, out_dtype=wide[2])
-        del dropped
-    if needs_factors[3]:
-        options = {"gather_left": True, "factors": topk_weights, "out_dtype": wide[3]}
-        grads["down_b"] = sum_outer(grad_output, low_inner, layout, top_k, **options)
-    del inner
-
-    if gate_up_a is not None:
-        options = {"transposed": True, "alpha": lora.gate_up_scaling, "out_dtype": dtype}
-        low_pre = multiply_rows(grad_pre, gate_up_b, None, layout, top_k, **options)  # (N, R)
-    if needs_gate_up:
-        grads["gate_up"] = sum_outer(grad_pre, hidden, layout, top_k, gather_right=True, out_dtype=gate_up_proj.dtype)
-    if needs_factors[0]:
-        dropped = hidden if lora.kept_hidden is None else hidden * lora.kept_hidden * lora.kept_factor
-        grads["gate_up_a"] = sum_outer(low_pre, dropped, layout, top_k, gather_right=True, out_dtype=wide[0])
-        del dropped
-    if needs_factors[1]:
-        grads["gate_up_b"] = sum_outer(grad_pre, low, layout, top_k, out_dtype=wide[1])
-    if needs_hidden:
-        grads["hidden"] = _grad_hidden(grad_pre, low_pre, gate_up_proj, gate_up_a, plan, layout, hidden)
-    factors = (grads[name] for name in ("gate_up_a", "gate_up_b", "down_a", "down_b"))
-    return grads["hidden"], grad_weights.to(topk_weights.dtype), grads["gate_up"], grads["down"], None, *factors
-
-
-def _grad_hidden(grad_pre, low_pre, gate_up_proj, gate_up_a, plan: _Plan, layout: Layout, hidden) -> torch.Tensor:
-    ids, lora, num_experts = plan.topk_indices, plan.lora, gate_up_proj.shape[0]
-    top_k = ids.shape[1]
-    masked = lora.kept_hidden is not None and low_pre is not None
-    options = {"transposed": True, "to_slots": True}
-    options["out_dtype"] = _rows_dtype(hidden.dtype, ids.numel(), hidden.shape[1])
-    fused = {} if low_pre is None or masked else {"low": low_pre, "lora": gate_up_a}
-    rows = multiply_rows(grad_pre, gate_up_proj, plan.gate_up_scale, layout, top_k, parts=2, **fused, **options)
-    grad = combine(rows, ids, num_experts, hidden.dtype)
-    if masked:
-        del rows
-        rows = multiply_rows(low_pre, gate_up_a, None, layout, top_k, **options)
-        grad += combine(rows, ids, num_experts, hidden.dtype) * lora.kept_hidden * lora.kept_factor
-    return grad
 
 
 def _check(hidden, topk_indices, topk_weights, weights: tuple, lora: ExpertLora, quantize: bool | None) -> None:
@@ -409,29 +185,15 @@ def experts(
     if impl == "torch":
         return experts_torch(hidden_states, topk_indices, topk_weights, *weights, lora, quantize, ue8m0)
     lora = lora or ExpertLora()
-    if impl == "cpu":
-        with_grad = torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad for tensor in (hidden_states, *tensors)
-        )
-        return experts_cpu_training(hidden_states, topk_indices, topk_weights, weights, lora, with_grad)
-    inputs = [tensor.contiguous() for tensor in (hidden_states, topk_weights, gate_up_proj, down_proj)]
-    factors = [factor if factor is None else factor.contiguous() for factor in lora.factors]
+    inputs = (hidden_states, topk_indices, topk_weights, weights, lora)
     with_grad = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (*inputs, *factors)
+        tensor is not None and tensor.requires_grad for tensor in (hidden_states, *tensors)
     )
-    if quantize is None:
-        many = tile_rows(topk_indices.numel(), gate_up_proj.shape[0], hidden_states.dtype) == 128
-        quantize = many and not with_grad and gate_up_scale is not None and converts_fp8(hidden_states.device)
-    scales = (_contiguous(gate_up_scale), _contiguous(down_scale))
-    plan = _Plan(topk_indices.contiguous(), *scales, lora, quantize, ue8m0)
-    with on_device(hidden_states):
-        if with_grad:
-            return _Experts.apply(*inputs, plan, *factors)
-        return _forward(*inputs, factors, plan, save=False)[0]
-
-
-def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+    if torch.compiler.is_compiling():
+        return experts_traced(*inputs, quantize, ue8m0, impl, with_grad)
+    if impl == "cpu":
+        return experts_cpu_training(*inputs, with_grad)
+    return experts_triton(*inputs, quantize, ue8m0)
 
 
 # --- as a backend of Transformers' experts interface ------------------------------------------------------------------
@@ -489,12 +251,7 @@ def experts_on_kernels(
     scales = (getattr(module, f"{name}_scale_inv", None) for name in ("gate_up_proj", "down_proj"))
     inputs = (hidden_states, topk_indices, topk_weights, *weights, *scales)
     options = {"quantize": quantize, "ue8m0": fp8 is not None and fp8.ue8m0}
-    if lora is not None or not torch.compiler.is_compiling():
-        run = _experts_uncompiled if torch.compiler.is_compiling() else experts
-        return run(*inputs, lora=lora, **options, impl="triton")
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        return _experts_uncompiled(*inputs, **options, impl="triton")
-    return _experts_op(*inputs, **options)
+    return experts(*inputs, lora=lora, **options, impl="triton")
 
 
 def triton_experts_forward(
@@ -510,30 +267,5 @@ def triton_experts_forward(
         raise ValueError(f"the experts backend {TRITON_BACKEND_NAME!r} cannot be used: {reason}")
     return experts_on_kernels(module, hidden_states, topk_indices, topk_weights, lora)
 
-
-# Opaque to torch.compile. Training under it breaks the graph here.
-@torch.library.custom_op("hf_moe::experts_triton", mutates_args=())
-def _experts_op(
-    hidden_states: torch.Tensor,
-    topk_indices: torch.Tensor,
-    topk_weights: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
-    gate_up_scale: torch.Tensor | None,
-    down_scale: torch.Tensor | None,
-    quantize: bool | None,
-    ue8m0: bool,
-) -> torch.Tensor:
-    weights = (gate_up_proj, down_proj, gate_up_scale, down_scale)
-    options = {"quantize": quantize, "ue8m0": ue8m0}
-    return experts(hidden_states, topk_indices, topk_weights, *weights, **options, impl="triton")
-
-
-@_experts_op.register_fake
-def _(hidden_states, *args, **kwargs):
-    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-
-
-_experts_uncompiled = torch.compiler.disable(experts)
 
 ALL_EXPERTS_FUNCTIONS.register(TRITON_BACKEND_NAME, triton_experts_forward)

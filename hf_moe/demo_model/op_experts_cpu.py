@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .op_quant import dequantize_block_fp8
 
 
-class _Fixed(NamedTuple):
+class Fixed(NamedTuple):
     """What of a call has no gradient."""
 
     topk_indices: torch.Tensor
@@ -53,7 +53,7 @@ class _Rows(NamedTuple):
         return weights.unsqueeze(1)
 
 
-def _rows_by_expert(topk_indices: torch.Tensor, num_experts: int, dtype: torch.dtype) -> Iterator[_Rows]:
+def rows_by_expert(topk_indices: torch.Tensor, num_experts: int, dtype: torch.dtype) -> Iterator[_Rows]:
     """Experts that have rows, in order."""
     step = _ROWS_STEP if topk_indices.device.type == "cpu" and dtype.itemsize == 2 else 1
     top_k, ids = topk_indices.shape[1], topk_indices.flatten()
@@ -69,7 +69,7 @@ def _rows_by_expert(topk_indices: torch.Tensor, num_experts: int, dtype: torch.d
             start, place = start + count, place + size
 
 
-def _num_rows(topk_indices: torch.Tensor, num_experts: int, dtype: torch.dtype) -> int:
+def num_rows(topk_indices: torch.Tensor, num_experts: int, dtype: torch.dtype) -> int:
     """A bound of the sorted rows."""
     return topk_indices.numel() + (num_experts * (_ROWS_STEP - 1) if dtype.itemsize == 2 else 0)
 
@@ -98,19 +98,20 @@ def _write_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -
         out.copy_(left @ right)
 
 
-def _forward(hidden, topk_weights, gate_up_proj, down_proj, factors, fixed: _Fixed, save: bool):
+def forward(inputs: tuple, fixed: Fixed, save: bool) -> tuple[torch.Tensor, tuple]:
     """Output (T, H); with `save`, the low-rank rows (N, R) of both products, scaled and sorted, and gate and up (n, 2I)
-    of every expert that has rows."""
+    of every expert that has rows. `inputs`: tokens, routing weights, both stacks, and the four factors."""
+    hidden, topk_weights, gate_up_proj, down_proj, *factors = inputs
     num_experts, dtype = gate_up_proj.shape[0], hidden.dtype
     gate_up_a, gate_up_b, down_a, down_b = (factor if factor is None else factor.to(dtype) for factor in factors)
-    slots = _num_rows(fixed.topk_indices, num_experts, dtype)
+    slots = num_rows(fixed.topk_indices, num_experts, dtype)
     low = hidden.new_empty(slots, gate_up_a.shape[1]) if save and gate_up_a is not None else None
     low_inner = hidden.new_empty(slots, down_a.shape[1]) if save and down_a is not None else None
     # One tensor an expert: a large one would come as fresh pages from the system in every step.
     pre = []
     output = hidden.new_zeros(hidden.shape, dtype=torch.promote_types(dtype, torch.float32))
     topk_weights = topk_weights.to(output.dtype)
-    for rows_of_expert in _rows_by_expert(fixed.topk_indices, num_experts, dtype):
+    for rows_of_expert in rows_by_expert(fixed.topk_indices, num_experts, dtype):
         expert, at, places, tokens, count = rows_of_expert
         x = hidden.index_select(0, tokens)
         small = b = None
@@ -142,33 +143,40 @@ def _forward(hidden, topk_weights, gate_up_proj, down_proj, factors, fixed: _Fix
 class _ExpertsCpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, topk_weights, gate_up_proj, down_proj, fixed, *factors):
-        output, saved = _forward(hidden, topk_weights, gate_up_proj, down_proj, factors, fixed, save=True)
-        ctx.save_for_backward(hidden, topk_weights, gate_up_proj, down_proj, *factors, *saved)
+        inputs = (hidden, topk_weights, gate_up_proj, down_proj, *factors)
+        output, saved = forward(inputs, fixed, save=True)
+        ctx.save_for_backward(*inputs, *saved)
         ctx.fixed = fixed
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        hidden, topk_weights, gate_up_proj, down_proj, *rest = ctx.saved_tensors
-        factors, (low, low_inner, *pre) = rest[:4], rest[4:]
-        needed = (*ctx.needs_input_grad[:4], *ctx.needs_input_grad[5:])
-        tensors = (hidden, topk_weights, gate_up_proj, down_proj, *factors)
-        # Experts without rows keep their zeros. Factors of a wider dtype get their gradients in it.
-        grads = [
-            tensor.new_zeros(tensor.shape, dtype=torch.promote_types(tensor.dtype, torch.float32))
-            if index < 2
-            else torch.zeros_like(tensor)
-            if need
-            else None
-            for index, (tensor, need) in enumerate(zip(tensors, needed))
-        ]
-        cast = (factor if factor is None else factor.to(hidden.dtype) for factor in factors)
-        inputs = _Inputs(hidden, topk_weights, gate_up_proj, down_proj, *cast, low, low_inner)
-        for rows, both in zip(_rows_by_expert(ctx.fixed.topk_indices, gate_up_proj.shape[0], hidden.dtype), pre):
-            _backward_expert(rows, both, grad_output, inputs, ctx.fixed, grads)
-        grads[:2] = [grad.to(tensor.dtype) for grad, tensor in zip(grads[:2], tensors)]
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+        grads = backward(grad_output, saved[:8], ctx.fixed, saved[8:], (*needs[:4], *needs[5:]))
         return *grads[:4], None, *grads[4:]
+
+
+def backward(grad_output: torch.Tensor, inputs: tuple, fixed: Fixed, saved: tuple, needs: tuple[bool, ...]) -> list:
+    """Gradients (or `None`) of the eight `inputs` of `forward`, from what it `saved`, as far as there are `needs`;
+    those of tokens and routing weights in any case."""
+    hidden, topk_weights, gate_up_proj, down_proj, *factors = inputs
+    low, low_inner, *pre = saved
+    # Experts without rows keep their zeros. Factors of a wider dtype get their gradients in it.
+    grads = [
+        tensor.new_zeros(tensor.shape, dtype=torch.promote_types(tensor.dtype, torch.float32))
+        if index < 2
+        else torch.zeros_like(tensor)
+        if need
+        else None
+        for index, (tensor, need) in enumerate(zip(inputs, needs))
+    ]
+    cast = (factor if factor is None else factor.to(hidden.dtype) for factor in factors)
+    together = _Inputs(hidden, topk_weights, gate_up_proj, down_proj, *cast, low, low_inner)
+    for rows, both in zip(rows_by_expert(fixed.topk_indices, gate_up_proj.shape[0], hidden.dtype), pre):
+        _backward_expert(rows, both, grad_output, together, fixed, grads)
+    grads[:2] = [grad.to(tensor.dtype) for grad, tensor in zip(grads[:2], inputs)]
+    return grads
 
 
 class _Inputs(NamedTuple):
@@ -186,7 +194,7 @@ class _Inputs(NamedTuple):
     low_inner: torch.Tensor | None
 
 
-def _backward_expert(rows: _Rows, pre, grad_output: torch.Tensor, inputs: _Inputs, fixed: _Fixed, grads: list) -> None:
+def _backward_expert(rows: _Rows, pre, grad_output: torch.Tensor, inputs: _Inputs, fixed: Fixed, grads: list) -> None:
     """Adds one expert's part to `grads`: of tokens, routing weights, both weights and the four factors."""
     expert, at, slots, tokens, count = rows
     dtype, down_a, down_b = inputs.hidden.dtype, inputs.down_a, inputs.down_b
@@ -228,7 +236,7 @@ def _backward_expert(rows: _Rows, pre, grad_output: torch.Tensor, inputs: _Input
     _backward_gate_up(rows, grad_pre, inputs, fixed, grads)
 
 
-def _backward_gate_up(rows: _Rows, grad_pre: torch.Tensor, inputs: _Inputs, fixed: _Fixed, grads: list) -> None:
+def _backward_gate_up(rows: _Rows, grad_pre: torch.Tensor, inputs: _Inputs, fixed: Fixed, grads: list) -> None:
     expert, at, _, tokens, count = rows
     hidden, gate_up_a, gate_up_b = inputs.hidden, inputs.gate_up_a, inputs.gate_up_b
     matrix = _matrix(inputs.gate_up_proj, fixed.gate_up_scale, expert, hidden.dtype, 2)
@@ -255,12 +263,16 @@ def experts_cpu_training(hidden, topk_indices, topk_weights, weights: tuple, lor
     """`op_experts.experts` without quantised rows: `weights` are gate-up, down and their scales, `lora` an
     `ExpertLora`. Plain factors are in the dtype of the tokens."""
     gate_up_proj, down_proj, gate_up_scale, down_scale = weights
-    scalings = (lora.gate_up_scaling, lora.down_scaling)
-    fixed = _Fixed(
-        topk_indices, gate_up_scale, down_scale, *scalings, lora.kept_hidden, lora.kept_inner, lora.kept_factor
-    )
+    fixed = fix(topk_indices, gate_up_scale, down_scale, lora)
     inputs = (hidden, topk_weights, gate_up_proj, down_proj)
     with torch.autocast(hidden.device.type, enabled=False):
         if with_grad:
             return _ExpertsCpu.apply(*inputs, fixed, *lora.factors)
-        return _forward(*inputs, lora.factors, fixed, save=False)[0]
+        return forward((*inputs, *lora.factors), fixed, save=False)[0]
+
+
+def fix(topk_indices, gate_up_scale, down_scale, lora) -> Fixed:
+    """What `forward` and `backward` take beside their inputs."""
+    scalings = (lora.gate_up_scaling, lora.down_scaling)
+    kept = (lora.kept_hidden, lora.kept_inner, lora.kept_factor)
+    return Fixed(topk_indices, gate_up_scale, down_scale, *scalings, *kept)

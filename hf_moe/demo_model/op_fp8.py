@@ -16,6 +16,7 @@ import torch
 from .kernel_fp8 import dequantize_block_fp8 as dequantize_kernel
 from .kernel_fp8 import multiply
 from .kernel_fp8 import quantize_rows as quantize_rows_kernel
+from .op_custom import opaque
 from .op_linear import linear
 from .op_quant import block_grid, dequantize_block_fp8, dequantize_rows, quantize_rows
 from .triton_compat import converts_fp8, runs_kernels
@@ -181,7 +182,7 @@ class _Fp8MM(torch.autograd.Function):
 
 
 # Opaque to torch.compile, which would unroll the pieces and keep the decoded ones.
-@torch.library.custom_op("hf_moe::fp8_mm", mutates_args=())
+@opaque("fp8_mm")
 def _fp8_mm_op(
     rows: torch.Tensor,
     weight: torch.Tensor,
@@ -199,7 +200,7 @@ def _(rows, weight, scale, block_size, parts, quantize, ue8m0):
     return rows.new_empty(rows.shape[0], weight.shape[0])
 
 
-@torch.library.custom_op("hf_moe::fp8_mm_backward", mutates_args=())
+@opaque("fp8_mm_backward")
 def _fp8_mm_backward_op(
     grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_size: list[int], parts: int
 ) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .kernel_mla import mla_decode
+from .op_custom import opaque
 from .triton_compat import runs_kernels
 
 _SPLITS = 4
@@ -46,7 +47,7 @@ def latent_decode(
     return (_mla_decode_op if torch.compiler.is_compiling() else mla_decode)(*arguments, scaling)
 
 
-@torch.library.custom_op("hf_moe::mla_decode", mutates_args=())
+@opaque("mla_decode")
 def _mla_decode_op(
     query: torch.Tensor,
     query_rope: torch.Tensor,

@@ -14,6 +14,7 @@ import torch
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .op_custom import opaque
 from .op_experts import (
     SCALE_BLOCK,
     TRITON_BACKEND_NAME,
@@ -277,8 +278,8 @@ def _zero_sums(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states.new_zeros(hidden_states.shape, dtype=wide)
 
 
-# Opaque to torch.compile: the loop depends on the routing. Inference only; training under compile takes another path.
-@torch.library.custom_op("hf_moe::experts_cpu", mutates_args=())
+# Opaque to torch.compile: the loop depends on the routing. Inference only.
+@opaque("experts_cpu")
 def _experts_cpu_op(
     hidden_states: torch.Tensor,
     topk_indices: torch.Tensor,
@@ -308,8 +309,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype, num_rows: int, comp
     """Name of the backend for `num_rows` = T * K routed rows: `"cpu"`, `"grouped_mm"` or `"batched_mm"`.
 
     A plain function of device, dtype and row count. On accelerators the grouped kernel takes bfloat16 without a host
-    sync; other dtypes gather weights while the rows are few. `compiling_with_grad`: the CPU form cannot be traced for
-    training.
+    sync; other dtypes gather weights while the rows are few. `compiling_with_grad`: in a graph, the CPU form
+    trains SiLU experts alone.
     """
     if device.type == "cpu" and not compiling_with_grad:
         return "cpu"
@@ -340,9 +341,11 @@ def experts_forward(
         return _fp8_experts_forward(experts, hidden_states, topk_indices, topk_weights)
     plain = experts.has_gate and not experts.has_bias and not experts.is_transposed
     compiling = torch.compiler.is_compiling()
-    with_grad = torch.is_grad_enabled() and (hidden_states.requires_grad or experts.down_proj.requires_grad)
+    as_operator = plain and getattr(experts, "is_concatenated", True) and is_silu(experts.act_fn)
+    inputs = (hidden_states, topk_weights, experts.gate_up_proj, experts.down_proj)
+    with_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     backend = choose_backend(
-        hidden_states.device, experts.down_proj.dtype, topk_indices.numel(), compiling and with_grad
+        hidden_states.device, experts.down_proj.dtype, topk_indices.numel(), compiling and with_grad and not as_operator
     )
     if backend == "cpu" and not plain:
         backend = "grouped_mm"
@@ -350,6 +353,8 @@ def experts_forward(
         return ALL_EXPERTS_FUNCTIONS[backend](experts, hidden_states, topk_indices, topk_weights)
     hidden_states = hidden_states.to(experts.down_proj.dtype)  # autocast leaves a float32 norm output here
     weights = (experts.gate_up_proj, experts.down_proj)
+    if compiling and with_grad:
+        return experts_with_lora(hidden_states, topk_indices, topk_weights, *weights, impl="cpu")
     if compiling:
         hidden_act = experts.config.hidden_act
         no_fp8 = (None, None, [], False, False)
@@ -370,7 +375,7 @@ def _lora_forward(experts, hidden_states, topk_indices, topk_weights, lora: Expe
     weights = (experts.gate_up_proj, experts.down_proj, experts.gate_up_proj_scale_inv, experts.down_proj_scale_inv)
     quantize = fp8 is not None and experts.quantizes(hidden_states)
     options = {"quantize": quantize, "ue8m0": fp8 is not None and fp8.ue8m0, "impl": "torch" if quantize else "cpu"}
-    run = _lora_uncompiled if torch.compiler.is_compiling() else experts_with_lora
+    run = _lora_uncompiled if torch.compiler.is_compiling() and quantize else experts_with_lora
     return run(hidden_states, topk_indices, topk_weights, *weights, lora=lora, **options)
 
 
@@ -381,7 +386,9 @@ def _fp8_experts_forward(experts, hidden_states, topk_indices, topk_weights) -> 
     if not torch.compiler.is_compiling():
         fp8 = Fp8Experts(*scales, experts.fp8, quantize)
         return experts_cpu(hidden_states, topk_indices, topk_weights, *weights, experts.act_fn, fp8)
-    if torch.is_grad_enabled() and hidden_states.requires_grad:
+    if torch.is_grad_enabled() and (hidden_states.requires_grad or topk_weights.requires_grad):
+        if is_silu(experts.act_fn) and not quantize and tuple(experts.fp8.block_size) == (SCALE_BLOCK, SCALE_BLOCK):
+            return experts_with_lora(hidden_states, topk_indices, topk_weights, *weights, *scales, impl="cpu")
         fp8 = Fp8Experts(*scales, experts.fp8, quantize)
         return _experts_uncompiled(hidden_states, topk_indices, topk_weights, *weights, experts.act_fn, fp8)
     form = (list(experts.fp8.block_size), quantize, experts.fp8.ue8m0)
@@ -389,7 +396,7 @@ def _fp8_experts_forward(experts, hidden_states, topk_indices, topk_weights) -> 
     return _experts_cpu_op(hidden_states, topk_indices, topk_weights, *weights, hidden_act, *scales, *form)
 
 
-# Training under torch.compile: the graph breaks here, since the loop depends on the routing.
+# Training under torch.compile with another activation than SiLU in FP8, or with quantised rows: the graph breaks here.
 _experts_uncompiled = torch.compiler.disable(experts_cpu)
 _lora_uncompiled = torch.compiler.disable(experts_with_lora)
 

@@ -95,6 +95,8 @@ class BlockFp8Quantizer(HfQuantizer):
         super().remove_quantization_config(model)
 
     def _dequantize(self, model, dtype=None):
+        if isinstance(dtype, str):  # as `save_pretrained` leaves that of the configuration, which is the default
+            dtype = getattr(torch, dtype)
         return model.store_dequantized(dtype)
 
     def get_state_dict_and_metadata(self, model):

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from .op_quant import FP8, block_grid, dequantize_block_fp8, dequantize_packed_int4, quantize_block_fp8
-from .weights_safetensors import CheckpointError, TensorEntry
+from .weights_safetensors import CheckpointError, TensorEntry, slice_ranges
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a file; indexing reads it."""
+    """A tensor of a file; indexing reads it, or the part that is asked for."""
 
     entry: TensorEntry
 
@@ -27,7 +27,7 @@ class LazyTensor:
         return list(self.entry.shape)
 
     def __getitem__(self, index) -> torch.Tensor:
-        return self.entry.read()[index]
+        return self.entry.read() if index is Ellipsis else self.entry.read_part(index)
 
     def unbind(self, dim: int = 0) -> list["LazyTensor"]:
         """The slices along the first dimension, unread."""
@@ -40,6 +40,24 @@ class LazyTensor:
             self.entry.read_into(target)
         else:
             target.copy_(self.entry.read())
+
+
+@dataclass(frozen=True)
+class LazyScales(LazyTensor):
+    """Scales of a file; reading them raises `CheckpointError` unless they are finite."""
+
+    def __getitem__(self, index) -> torch.Tensor:
+        scales = super().__getitem__(index)
+        _require(scales.float().isfinite().all().item(), self.entry, "holds scales that are not finite")
+        return scales
+
+    def unbind(self, dim: int = 0) -> list["LazyScales"]:
+        """The slices along the first dimension, unread."""
+        return [LazyScales(tensor.entry) for tensor in super().unbind(dim)]
+
+    def read_into(self, target: torch.Tensor) -> None:
+        """Fills `target`, of the same shape."""
+        target.copy_(self[...])
 
 
 class DecodedTensor:
@@ -55,7 +73,7 @@ class DecodedTensor:
         return list(self.shape)
 
     def __getitem__(self, index) -> torch.Tensor:
-        return self.decode()[index]
+        return self.decode() if index is Ellipsis else self.decode()[index].clone()  # lets go of the rest
 
     def read_into(self, target: torch.Tensor) -> None:
         """Decodes into `target`, of the same shape."""
@@ -76,7 +94,28 @@ class Fp8Weight(DecodedTensor):
         return self.weight.shape
 
     def decode(self) -> torch.Tensor:
-        return dequantize_block_fp8(self.weight.read(), self.weight_scale_inv.read(), self.block_size, self.parts)
+        scales = LazyScales(self.weight_scale_inv)[...]
+        return dequantize_block_fp8(self.weight.read(), scales, self.block_size, self.parts)
+
+    def __getitem__(self, index) -> torch.Tensor:
+        ranges = slice_ranges(index, self.shape)
+        if ranges is None or (self.parts > 1 and len(self.shape) == 2):
+            return super().__getitem__(index)
+        output = torch.empty([stop - start for start, stop in ranges], dtype=self.dtype, device="cpu")
+        if output.numel() == 0:
+            return output
+        if len(self.shape) > 2:
+            (start, stop), *inner = ranges
+            for target, matrix in zip(output, self.unbind()[start:stop]):
+                target.copy_(matrix[tuple(slice(*span) for span in inner)])
+            return output
+        grid = [(start // size, -(-stop // size)) for (start, stop), size in zip(ranges, self.block_size)]
+        firsts = [start * size for (start, _), size in zip(grid, self.block_size)]
+        weight = self.weight.read_part(tuple(slice(first, stop) for first, (_, stop) in zip(firsts, ranges)))
+        scale = LazyScales(self.weight_scale_inv)[tuple(slice(*span) for span in grid)]
+        decoded = dequantize_block_fp8(weight, scale, self.block_size)
+        top, left = (start - first for first, (start, _) in zip(firsts, ranges))
+        return output.copy_(decoded[top:, left:])
 
     def unbind(self, dim: int = 0) -> list["Fp8Weight"]:
         """The matrices of a stack, unread."""
@@ -86,7 +125,7 @@ class Fp8Weight(DecodedTensor):
 
     def stored(self) -> tuple[LazyTensor, LazyTensor]:
         """The FP8 values and the scales."""
-        return LazyTensor(self.weight), LazyTensor(self.weight_scale_inv)
+        return LazyTensor(self.weight), LazyScales(self.weight_scale_inv)
 
 
 @dataclass(frozen=True)
@@ -99,7 +138,8 @@ class Int4Weight(DecodedTensor):
     group_size: int
 
     def decode(self) -> torch.Tensor:
-        return dequantize_packed_int4(self.weight_packed.read(), self.weight_scale.read(), self.shape, self.group_size)
+        scales = LazyScales(self.weight_scale)[...]
+        return dequantize_packed_int4(self.weight_packed.read(), scales, self.shape, self.group_size)
 
 
 @dataclass(frozen=True)
@@ -150,12 +190,35 @@ class QuantizedPart(DecodedTensor):
         ]
 
 
+@dataclass(frozen=True)
+class SlicedTensor:
+    """A part of a lazy tensor, unread: first and last place, exclusive, in each dimension."""
+
+    whole: Any
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.whole.dtype
+
+    def get_shape(self) -> list[int]:
+        return [stop - start for start, stop in self.ranges]
+
+    def unbind(self, dim: int = 0) -> list["SlicedTensor"]:
+        """The same part of each slice along the first dimension."""
+        (start, stop), *inner = self.ranges
+        return [SlicedTensor(part, tuple(inner)) for part in self.whole.unbind(dim)[start:stop]]
+
+    def read_into(self, target: torch.Tensor) -> None:
+        """Reads the part into `target`, of its shape."""
+        target.copy_(self.whole[tuple(slice(*span) for span in self.ranges)])
+
+
 class DeferredTensor:
     """A lazy tensor that only notes where it shall go; the converter that stacks it reads it into its place.
 
     Transformers' loader reads ahead of its conversions, so that tensors would pile up beside the parameter that is
-    made from them. `[...]` and `.to()` therefore give another note; real slices, as tensor parallelism takes them,
-    give tensors.
+    made from them. `[...]`, slices, as tensor parallelism takes them, and `.to()` therefore give another note.
     """
 
     def __init__(self, source, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
@@ -169,7 +232,10 @@ class DeferredTensor:
         return self.source.get_shape()
 
     def __getitem__(self, index):
-        return self if index is Ellipsis else self.source[index]
+        ranges = None if index is Ellipsis else slice_ranges(index, self.shape)
+        if ranges is None:
+            return self if index is Ellipsis else self.source[index]
+        return DeferredTensor(SlicedTensor(self.source, ranges), self.device, self.dtype)
 
     def to(self, device=None, dtype: torch.dtype | None = None) -> "DeferredTensor":
         return DeferredTensor(self.source, device or self.device, dtype or self.dtype)

@@ -8,6 +8,7 @@ import ctypes
 import json
 import mmap
 import os
+import re
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_PIECE_BYTES = 1 << 24  # of rows that are read at a time where only some columns are kept
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -75,6 +77,33 @@ class TensorEntry:
                 if not count:
                     raise CheckpointError(f"{self.file.path}: ended inside tensor {self.name}. Download it again.")
                 done += count
+
+    def read_part(self, index) -> torch.Tensor:
+        """What `read()[index]` is, in memory of its own size. Slices of whole rows are all that is read of the file."""
+        ranges = slice_ranges(index, self.shape)
+        if ranges is None:
+            return self.read()[index].clone()
+        (start, stop), *inner = ranges
+        rows = self.rows(start, stop)
+        if all(span == (0, size) for span, size in zip(inner, self.shape[1:])):
+            return rows.read()
+        output = torch.empty([stop - start for start, stop in ranges], dtype=self.dtype, device="cpu")
+        inner = tuple(slice(*span) for span in inner)
+        if len(self.shape) > 2:
+            for target, entry in zip(output, rows.unbind()):
+                target.copy_(entry.read_part(inner))
+            return output
+        step = max(1, _PIECE_BYTES // max(1, self.shape[1] * self.dtype.itemsize))
+        for first in range(0, len(output), step):
+            last = min(first + step, len(output))
+            output[first:last] = rows.rows(first, last).read()[:, inner[0]]
+        return output
+
+    def rows(self, start: int, stop: int) -> "TensorEntry":
+        """The entry of `[start:stop]` along the first dimension."""
+        size = (self.end - self.begin) // max(self.shape[0], 1)
+        begin = self.begin + start * size
+        return replace(self, shape=(stop - start, *self.shape[1:]), begin=begin, end=begin + (stop - start) * size)
 
     def unbind(self) -> list["TensorEntry"]:
         """The entries of the slices along the first dimension."""
@@ -156,6 +185,18 @@ class SafetensorsFile:
         return TensorEntry(self, name, dtype, tuple(shape), begin, end)
 
 
+def slice_ranges(index, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...] | None:
+    """First and last place, exclusive, of a slice or tuple of slices in each dimension; `None` for any other index."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if not shape or len(parts) > len(shape) or not all(isinstance(part, slice) for part in parts):
+        return None
+    spans = [part.indices(size) for part, size in zip(parts, shape)]
+    if any(step != 1 for _, _, step in spans):
+        return None
+    whole = [(0, size) for size in shape[len(parts) :]]
+    return (*((start, max(start, stop)) for start, stop, _ in spans), *whole)
+
+
 def open_files(paths: list[str], weight_map: dict[str, str] | None = None) -> dict[str, TensorEntry]:
     """Reads the headers of `paths` and returns all tensors by name.
 
@@ -224,3 +265,11 @@ def _check_index(folder: Path, index_path: Path) -> None:
                 f"{folder / filename}: this shard of {index_path.name} is missing. Download it again."
             )
     open_files([str(folder / filename) for filename in filenames], weight_map)
+
+
+def raise_caught(conversion_errors: dict[str, str]) -> None:
+    """Raises the first `CheckpointError` that Transformers caught, as the text of a traceback, in a conversion."""
+    for text in conversion_errors.values():
+        found = re.search(r"CheckpointError: (.+)", text)
+        if found:
+            raise CheckpointError(found.group(1))
