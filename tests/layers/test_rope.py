@@ -88,13 +88,21 @@ def test_angles_against_the_formula(rope):
     assert_close("sin of rounded angles", sin, rounded.sin(), "float32")
 
 
-def test_unequal_mscale_scales_cos_and_sin():
-    """g(mscale) / g(mscale_all_dim) goes on both tables; no public file uses it."""
-    rope = {**V3, "mscale": 1.0, "mscale_all_dim": 0.5}
-    cos, sin = RotaryEmbedding(DeepseekV3Config(rope_theta=10000, rope_scaling=rope))(
-        torch.zeros(1, 1, 1), torch.tensor([[7]])
-    )
-    expected = (0.1 * math.log(40) + 1) / (0.05 * math.log(40) + 1)
+@pytest.mark.parametrize(
+    ("given", "numerator", "denominator"),
+    [
+        ({"mscale": 1.0, "mscale_all_dim": 0.5}, 1.0, 0.5),
+        ({"mscale": 0.707}, 0.707, 0.0),
+        ({"mscale_all_dim": 0.5}, 1.0, 0.5),
+        ({"mscale": 0.707, "mscale_all_dim": 0}, 0.707, 0.0),
+        ({}, 1.0, 0.0),
+    ],
+)
+def test_unequal_mscale_scales_cos_and_sin(given, numerator, denominator):
+    """g(mscale) / g(mscale_all_dim) is in both tables, with 1 and 0 where upstream files lack the keys."""
+    config = DeepseekV3Config(rope_theta=10000, rope_scaling={**YARN, "factor": 40, **given})
+    cos, sin = RotaryEmbedding(config)(torch.zeros(1, 1, 1), torch.tensor([[7]]))
+    expected = (0.1 * numerator * math.log(40) + 1) / (0.1 * denominator * math.log(40) + 1)
     assert_close("radius", (cos**2 + sin**2).sqrt(), torch.full((1, 1, 32), expected), "float32")
 
 
