@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from testing import assert_close
 
 from hf_moe.models import layer_dense
@@ -54,3 +55,19 @@ def test_long_prompts_pass_the_mlp_in_parts(autocast, monkeypatch):
     sizes.clear()
     mlp(states).sum().backward()  # keeps all inner rows anyway
     assert len(sizes) == 1 and all(parameter.grad is not None for parameter in mlp.parameters())
+
+
+def test_offloaded_weights_are_fetched_once(monkeypatch):
+    """Parts of a long prompt would bring them to the device again and again."""
+    monkeypatch.setattr(layer_dense, "_MIN_TOKENS", 4)
+    monkeypatch.setattr(layer_dense, "_INNER_ELEMENTS_CPU", 16 * 20)
+    mlp, states, calls = GatedMLP(24, 20, "silu"), torch.randn(2, 40, 24), []
+    mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        mlp(states)
+        assert len(calls) == 5
+        for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+            add_hook_to_module(linear, AlignDevicesHook("cpu", offload=True))
+        calls.clear()
+        mlp(states)
+    assert len(calls) == 1
