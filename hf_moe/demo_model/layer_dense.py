@@ -1,5 +1,7 @@
 """RMSNorm and the gated MLP, shared by every family."""
 
+import math
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -56,6 +58,8 @@ class GatedMLP(nn.Module):
     def _multiply(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
-    def _tokens_at_a_time(self, device: torch.device) -> int:
+    def _tokens_at_a_time(self, device: torch.device) -> float:
+        if hasattr(self.gate_proj, "_hf_hook"):  # offloaded weights would be fetched for every part
+            return math.inf
         elements = _INNER_ELEMENTS_CPU if device.type == "cpu" else _INNER_ELEMENTS
         return max(_MIN_TOKENS, elements // self.intermediate_size)

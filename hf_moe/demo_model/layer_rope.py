@@ -30,6 +30,10 @@ class RotaryEmbedding(nn.Module):
             self.compute_default_rope_parameters if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
         )
         inv_freq, self.attention_scaling = self.rope_init_fn(config)
+        if self.rope_type == "yarn" and config.rope_parameters.get("attention_factor") is None:
+            # Transformers' function goes by its own rule where only one of the two keys is given.
+            self.attention_scaling = _yarn_gain(config.rope_parameters, "mscale", 1.0)
+            self.attention_scaling /= _yarn_gain(config.rope_parameters, "mscale_all_dim", 0.0)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
@@ -73,7 +77,13 @@ def yarn_softmax_gain(rope_parameters: dict) -> float:
 
     It is static: it applies to short prompts too.
     """
-    mscale, factor = rope_parameters.get("mscale_all_dim") or 0, rope_parameters.get("factor") or 1
-    if rope_parameters["rope_type"] == "default" or not mscale or factor <= 1:
+    if rope_parameters["rope_type"] == "default":
         return 1.0
-    return (0.1 * mscale * math.log(factor) + 1.0) ** 2
+    return _yarn_gain(rope_parameters, "mscale_all_dim", 0.0) ** 2
+
+
+def _yarn_gain(rope_parameters: dict, key: str, default: float) -> float:
+    """g(m) of a key that the upstream code gives a default."""
+    mscale, factor = rope_parameters.get(key), rope_parameters.get("factor") or 1.0
+    mscale = default if mscale is None else mscale
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
