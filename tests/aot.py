@@ -47,7 +47,7 @@ class Launch:
 
     def __init__(self, kernel: JITFunction, grid: tuple, args: tuple, kwargs: dict):
         self.kernel, self.grid = kernel, grid
-        self.options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        self.options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
         named = dict(zip(kernel.arg_names, args)) | kwargs
         missing = set(kernel.arg_names) - set(named)
         assert not missing and set(named) <= set(kernel.arg_names), f"{kernel.__name__}: {missing or named.keys()}"

@@ -48,6 +48,15 @@ def mla_decode(capability: int) -> None:
         mask = empty(2, queries, 32768, dtype=torch.bool) if masked else None
         rows = empty(2, queries, heads, 512), empty(2, queries, heads, 64)
         kernel_mla.mla_decode(*rows, latent, key_rope, mask, 0.1)
+    # A short context is not split; few rows with a mask of their own for each query.
+    for heads, queries, context, masked in ((128, 1, 40, False), (128, 1, 40, True), (128, 2, 40, True)):
+        mask = empty(2, queries, context, dtype=torch.bool) if masked else None
+        rows = empty(2, queries, heads, 512), empty(2, queries, heads, 64)
+        kernel_mla.mla_decode(*rows, empty(2, context, 512), empty(2, context, 64), mask, 0.1)
+    for context in (40, 8192):
+        mask = empty(2, 4, context, dtype=torch.bool)
+        rows = empty(2, 4, 4, 512), empty(2, 4, 4, 64)
+        kernel_mla.mla_decode(*rows, empty(2, context, 512), empty(2, context, 64), mask, 0.1)
 
 
 def mla_prefill(capability: int) -> None:
