@@ -36,12 +36,17 @@ _TOKENS_PER_SPLIT = 64  # what leaving and joining one more part costs, in token
 
 
 class MlaTile(NamedTuple):
-    """Rows and tokens of one step, warps of a program, and steps that are loaded ahead."""
+    """Rows and tokens of one step, warps of a program, steps that are loaded ahead, and registers of a thread.
+
+    A limit of 255 registers is none, but said: it keeps the assembler from spilling some to fit more programs on a
+    multiprocessor than its shared memory holds.
+    """
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    registers: int | None
 
 
 def mla_tile(num_rows: int, capability: tuple[int, int], per_query: bool = False) -> MlaTile:
@@ -51,11 +56,13 @@ def mla_tile(num_rows: int, capability: tuple[int, int], per_query: bool = False
     """
     block_m = max(16, min(64, next_power_of_2(num_rows)))
     if capability in ((8, 6), (8, 9)) or capability[0] == 12:  # 99 KiB of shared memory
-        return MlaTile(min(block_m, 32), 16, 8 if block_m >= 32 else 4, 3)
+        return MlaTile(min(block_m, 32), 16, 8 if block_m >= 32 else 4, 3, None)
     if per_query and capability[0] >= 9:
         block_m = min(block_m, 32)
-    block_n = 16 if capability[0] == 8 and block_m > 16 else 32
-    return MlaTile(block_m, block_n, 8 if block_m >= 32 else 4, 2 if capability[0] == 10 else 3)
+    if block_m == 16:
+        return MlaTile(block_m, 32, 4, 3, 255)  # two programs a multiprocessor, one on compute capability 8.0
+    block_n = 16 if capability[0] == 8 else 32
+    return MlaTile(block_m, block_n, 8, 2 if capability[0] == 10 else 3, None)
 
 
 @functools.lru_cache(maxsize=1024)  # all layers of a decode step ask the same
@@ -119,13 +126,15 @@ def mla_decode_kernel(
     SCAN: tl.constexpr,
 ):
     split, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = rows < num_rows
-    rows = tl.minimum(rows, num_rows - 1)
+    first_row = tl.program_id(0) * BLOCK_M
+    # Places in the block: with one address for it, they need few registers beside the sums.
+    local = tl.arange(0, BLOCK_M)
+    rows = tl.minimum(local, num_rows - 1 - first_row)
     r, p = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
-    query_rows = batch * num_rows + rows
-    query = tl.load(query_ptr + query_rows[:, None] * R + r[None, :], mask=r[None, :] < R, other=0.0)
-    query_rope = tl.load(query_rope_ptr + query_rows[:, None] * P + p[None, :], mask=p[None, :] < P, other=0.0)
+    query_ptr += (batch * num_rows + first_row) * R
+    query_rope_ptr += (batch * num_rows + first_row) * P
+    query = tl.load(query_ptr + rows[:, None] * R + r[None, :], mask=r[None, :] < R, other=0.0)
+    query_rope = tl.load(query_rope_ptr + rows[:, None] * P + p[None, :], mask=p[None, :] < P, other=0.0)
     latent_ptr += batch * latent_batch
     key_rope_ptr += batch * key_batch
 
@@ -133,7 +142,7 @@ def mla_decode_kernel(
     end = tl.minimum(begin + split_length, context)
     if HAS_MASK:
         mask_ptr += batch * mask_batch
-        mask_rows = rows // heads * mask_query
+        mask_rows = (first_row + rows) // heads * mask_query
         begin, end = masked_range(mask_ptr, queries, mask_query, begin, end, PER_QUERY, SCAN)
 
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -162,12 +171,14 @@ def mla_decode_kernel(
         acc = dot(narrow(weights, latent.dtype), latent, acc * decay[:, None])
         largest = new_largest
 
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    out_rows = (split * tl.num_programs(2) + batch) * num_rows + rows
+    out = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+    out_row = (split * tl.num_programs(2) + batch) * num_rows + first_row
+    valid = local < num_rows - first_row
     mask = valid[:, None] & (r[None, :] < R)
-    tl.store(out_ptr + out_rows[:, None] * R + r[None, :], narrow(out, out_ptr.dtype.element_ty), mask=mask)
+    out_ptr += out_row * R
+    tl.store(out_ptr + local[:, None] * R + r[None, :], narrow(out, out_ptr.dtype.element_ty), mask=mask)
     if IS_SPLIT:
-        tl.store(weight_ptr + out_rows, largest + tl.log2(total), mask=valid)
+        tl.store(weight_ptr + out_row + local, largest + tl.log2(total), mask=valid)
 
 
 @jit_for_any("num_rows", "splits")
@@ -268,6 +279,7 @@ def mla_decode(
         SCAN=128 if INTERPRETING else _SCAN,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=tile.registers,
     )
     if splits > 1:
         block = min(64, next_power_of_2(width))

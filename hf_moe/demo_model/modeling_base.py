@@ -224,6 +224,10 @@ class MoePreTrainedModel(Fp8ModelMixin, PreTrainedModel):
     # when its signature changes.
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        if expected_keys is not None:  # files of an adapter, which goes into a model that is there
+            return PreTrainedModel._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, expected_keys
+            )
         options = model.config.__dict__.pop("load_options", None) or {**LOAD_OPTIONS}
         quantizer = load_config.hf_quantizer
         if state_dict is None and checkpoint_files and not getattr(quantizer, "pre_quantized", False):
@@ -238,7 +242,7 @@ class MoePreTrainedModel(Fp8ModelMixin, PreTrainedModel):
                 state_dict, checkpoint_files = defer_experts(pad_to_ranks(model, tensors, options["key_mapping"])), None
                 if any(hasattr(parameter, "placements") for parameter in model.parameters()):
                     state_dict = model.join_sharded(state_dict)
-        info = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        info = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config)
         raise_caught(getattr(info[0], "conversion_errors", None) or {})
         for table, weight in options.get("host_weights", {}).items():  # to the loader they are no tensors of the model
             table.weight = weight
