@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hf_moe.models.op_experts import ExpertLora, draw_dropout
+from hf_moe.models.op_expert_lora import ExpertLora
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,15 @@ def quantize_blocks(weight: torch.Tensor, parts: int = 1, ue8m0: bool = False) -
     scale = torch.cat(scales, 1)
     values = torch.cat([value.view(torch.uint8) for value in values], 1).view(torch.float8_e4m3fn)
     return values, scale.to(torch.float8_e8m0fnu) if ue8m0 else scale
+
+
+def draw_dropout(
+    hidden_states: torch.Tensor, top_k: int, intermediate: int, dropout: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks (T, H) and (T * K, I) of an `ExpertLora` with this dropout, from the generator of the device."""
+    tokens, hidden = hidden_states.shape
+    shapes = (tokens, hidden), (tokens * top_k, intermediate)
+    return tuple(torch.rand(shape, device=hidden_states.device) >= dropout for shape in shapes)
 
 
 def make_case(

@@ -26,7 +26,8 @@ from common import save  # noqa: E402
 from timing import attempt, copy_bandwidth  # noqa: E402
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 
-from hf_moe.models.op_experts import ExpertLora, experts, experts_torch  # noqa: E402
+from hf_moe.models.op_expert_lora import ExpertLora  # noqa: E402
+from hf_moe.models.op_experts import experts, experts_torch  # noqa: E402
 from hf_moe.models.triton_compat import converts_fp8  # noqa: E402
 
 # Experts, hidden, intermediate, choices per token.

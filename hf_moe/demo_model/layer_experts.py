@@ -9,7 +9,7 @@ from transformers.integrations import use_experts_implementation
 from .layer_dense import GatedMLP
 from .layer_fp8 import Fp8Module
 from .layer_router import TopkRouter
-from .op_experts import ExpertLora
+from .op_expert_lora import ExpertLora
 from .op_fp8 import fp8_linear
 from .op_moe import BACKEND_NAME, LoraBackends  # noqa: F401  importing registers the backend with Transformers
 

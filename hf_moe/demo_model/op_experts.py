@@ -14,7 +14,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .kernel_tiles import SCALE_BLOCK
-from .op_expert_lora import ExpertLora, draw_dropout  # noqa: F401  the names that others take from here
+from .op_expert_lora import ExpertLora
 from .op_experts_cpu import experts_cpu_training
 from .op_experts_traced import experts_traced
 from .op_experts_triton import experts_triton

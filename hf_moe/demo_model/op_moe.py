@@ -15,10 +15,10 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .op_custom import opaque
+from .op_expert_lora import ExpertLora
 from .op_experts import (
     SCALE_BLOCK,
     TRITON_BACKEND_NAME,
-    ExpertLora,
     experts_on_kernels,
     is_silu,
     why_not_kernels,

@@ -62,12 +62,3 @@ class ExpertLora:
             rows = rows * kept[at] * self.kept_factor
         low = F.linear(F.linear(rows.to(a.dtype), a[expert]), b[expert])
         return product + (getattr(self, f"{name}_scaling") * low).to(product.dtype)
-
-
-def draw_dropout(
-    hidden_states: torch.Tensor, top_k: int, intermediate: int, dropout: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks (T, H) and (T * K, I) of an `ExpertLora` with this dropout, from the generator of the device."""
-    tokens, hidden = hidden_states.shape
-    shapes = (tokens, hidden), (tokens * top_k, intermediate)
-    return tuple(torch.rand(shape, device=hidden_states.device) >= dropout for shape in shapes)

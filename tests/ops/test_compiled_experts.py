@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 import hf_moe.models.op_mla  # noqa: F401  with its operators
 from hf_moe.models import op_experts_traced
 from hf_moe.models.op_custom import NAMESPACE
-from hf_moe.models.op_experts import TRITON_BACKEND_NAME, ExpertLora, experts
+from hf_moe.models.op_expert_lora import ExpertLora
+from hf_moe.models.op_experts import TRITON_BACKEND_NAME, experts
 from hf_moe.models.triton_compat import INTERPRETING
 
 interpreted = pytest.mark.skipif(not (INTERPRETING and can_run_kernels()), reason="needs Triton's interpreter")

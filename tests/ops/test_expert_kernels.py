@@ -8,7 +8,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_moe.models import op_experts, op_experts_triton
 from hf_moe.models.kernel_routing import build_layout, most_tiles
-from hf_moe.models.op_experts import TRITON_BACKEND_NAME, ExpertLora, expert_weight, experts, experts_torch
+from hf_moe.models.op_expert_lora import ExpertLora
+from hf_moe.models.op_experts import TRITON_BACKEND_NAME, expert_weight, experts, experts_torch
 from hf_moe.models.op_quant import dequantize_rows, quantize_rows
 from hf_moe.models.op_routing import build_layout_torch
 from hf_moe.models.op_routing import route as choose

@@ -8,7 +8,7 @@ import torch
 from lora_cases import EXPERTS, FAMILIES, PEFT_RELEASE, adapted, factors_of, ids_of, model_of, stock_peft, wrappers
 from testing import assert_close, can_run_kernels
 
-from hf_moe.models.op_experts import ExpertLora
+from hf_moe.models.op_expert_lora import ExpertLora
 
 OURS = "hf_moe.training.lora_layers"
 
