@@ -1,9 +1,12 @@
 """What every benchmark shares: interleaved timing, one record format, a table and a JSON file."""
 
 import json
+import os
 import platform
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -106,3 +109,18 @@ def _path(name: str, device: str, out: Path | None) -> Path:
 def _record(name: str, device: str) -> dict[str, str]:
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {"benchmark": name, "device": device_name(device), **versions}
+
+
+def process_memory(field: str) -> int:
+    """Bytes in a field of this process's status (Linux): `VmRSS`, what is in memory, or `VmHWM`, its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def run_alone(script: str, *arguments: object) -> dict:
+    """What a script of Python prints last, as JSON, in a process of its own; it can import what is in this folder."""
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": path}
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
+    return json.loads(output.splitlines()[-1])

@@ -6,19 +6,17 @@ Writes a sharded bfloat16 checkpoint of random weights in upstream layout to a t
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from common import report
+from common import report, run_alone
 
 LOADER = """
 import json, sys, time
 import torch
+from common import process_memory
 folder, peer = sys.argv[1:]
 if peer == "ours":
     import hf_moe
@@ -26,14 +24,11 @@ if peer == "ours":
 else:
     from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM
 
-def status(field):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field + ":"))
-
-before = status("VmRSS")
+before = process_memory("VmRSS")
 start = time.perf_counter()
 model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 seconds = time.perf_counter() - start
-peak = status("VmHWM") - before
+peak = process_memory("VmHWM") - before
 loaded = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 print(json.dumps({"seconds": seconds, "peak": peak, "loaded": loaded}))
 """
@@ -57,9 +52,7 @@ def main() -> None:
         runs: dict[str, list[dict]] = {"native": [], "ours": []}
         for _ in range(args.repeats + 1):
             for peer, results in runs.items():
-                command = [sys.executable, "-c", LOADER, folder, peer]
-                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                results.append(json.loads(output.splitlines()[-1]))
+                results.append(run_alone(LOADER, folder, peer))
     rows = []
     for peer, results in runs.items():
         results = results[1:]  # the first round warms the page cache

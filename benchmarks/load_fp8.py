@@ -7,35 +7,30 @@ process of its own; memory is the resident set, less what the process had before
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from common import report
+from common import report, run_alone
 
 LOADER = """
 import json, sys, time
 import torch
 import hf_moe
+from common import process_memory
 from hf_moe.models.modeling_deepseek_v3 import DeepseekV3ForCausalLM
 
-def status(field):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field + ":"))
-
 folder, dequantize = sys.argv[1], sys.argv[2] == "decoded"
-before = status("VmRSS")
+before = process_memory("VmRSS")
 start = time.perf_counter()
 model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, dequantize=dequantize)
 seconds = time.perf_counter() - start
-peak = status("VmHWM") - before
+peak = process_memory("VmHWM") - before
 held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 with torch.no_grad():
     model(torch.arange(64).unsqueeze(0))
-    in_use = status("VmHWM") - before
+    in_use = process_memory("VmHWM") - before
     cache = model(torch.arange(8).unsqueeze(0), use_cache=True).past_key_values
     steps = []
     for _ in range(9):
@@ -69,9 +64,7 @@ def main() -> None:
         runs: dict[str, list[dict]] = {"kept": [], "decoded": []}
         for _ in range(args.repeats + 1):
             for form, results in runs.items():
-                command = [sys.executable, "-c", LOADER, quantised, form]
-                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                results.append(json.loads(output.splitlines()[-1]))
+                results.append(run_alone(LOADER, quantised, form))
     rows = []
     for form, results in runs.items():
         median = {key: statistics.median(result[key] for result in results[1:]) for key in results[0]}

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
-from common import report, time_interleaved
+from common import process_memory, report, time_interleaved
 
 import hf_moe  # noqa: F401  makes PEFT know our experts
 from hf_moe.models.configuration_deepseek_v3 import DeepseekV3Config
@@ -25,12 +25,6 @@ from hf_moe.models.layer_experts import Experts
 EXPERTS, HIDDEN, INTER, RANK, TOKENS, TOP_K = 64, 1024, 512, 16, 2048, 4
 ROUTES = 8
 PATHS = ("grouped", "peft")
-
-
-def status(name: str) -> int:
-    """A field of the process's status, in KiB (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def build(path: str, dtype: torch.dtype):
@@ -88,9 +82,9 @@ def peak(path: str, dtype: str) -> float:
     torch.manual_seed(0)
     step = build(path, getattr(torch, dtype))
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    before = status("VmRSS")
+    before = process_memory("VmRSS")
     step()
-    return (status("VmHWM") - before) / 1024
+    return (process_memory("VmHWM") - before) / 2**20
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import report, time_interleaved
+from common import process_memory, report, time_interleaved
 from torch.nn import functional as F
 
 from hf_moe.models.op_loss import linear_cross_entropy
@@ -58,15 +58,9 @@ def peak_bytes(args, name: str, tokens: int) -> int:
     few = [tensor.detach()[:8].requires_grad_() for tensor in inputs[:2]]
     step(name, [*few, inputs[2][:8] % 8])  # what libraries allocate once
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from here
-    before = status("VmRSS")
+    before = process_memory("VmRSS")
     step(name, inputs)
-    return status("VmHWM") - before
-
-
-def status(field: str) -> int:
-    """Bytes in a field of the process's status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+    return process_memory("VmHWM") - before
 
 
 def peak_in_own_process(args, name: str, tokens: int) -> int:

@@ -9,17 +9,16 @@ classes, batch 1, logits of the last token alone. Each pass runs in a process of
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
-from common import report, save
+from common import report, run_alone, save
 from decode import SIZES
 
 PASS = """
 import json, sys, time, zlib
 import torch
+from common import process_memory
 peer, tokens, dtype, sizes = sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3]), json.loads(sys.argv[4])
 if peer == "ours":
     from hf_moe.models.configuration_deepseek_v3 import DeepseekV3Config as Config
@@ -35,15 +34,12 @@ torch.manual_seed(0)
 prompt = torch.randint(3, sizes["vocab_size"], (1, tokens))
 model(prompt[:, :128], logits_to_keep=1)  # what a first call sets up
 
-def status(field):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field + ":"))
-
 open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
-before = status("VmRSS")
+before = process_memory("VmRSS")
 start = time.perf_counter()
 logits = model(prompt, logits_to_keep=1).logits
 seconds = time.perf_counter() - start
-print(json.dumps({"seconds": seconds, "peak": status("VmHWM") - before, "logits": logits[0, -1, :16].tolist()}))
+print(json.dumps({"seconds": seconds, "peak": process_memory("VmHWM") - before, "logits": logits[0, -1, :16].tolist()}))
 """
 
 
@@ -63,9 +59,7 @@ def main() -> None:
         runs: dict[str, list[dict]] = {"native": [], "ours": []}
         for _ in range(args.repeats):
             for peer, results in runs.items():
-                command = [sys.executable, "-c", PASS, peer, str(tokens), args.dtype, json.dumps(sizes)]
-                output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-                results.append(json.loads(output.splitlines()[-1]))
+                results.append(run_alone(PASS, peer, str(tokens), args.dtype, json.dumps(sizes)))
         row: dict = {"tokens": tokens}
         for peer, results in runs.items():
             row[f"{peer} s"] = statistics.median(result["seconds"] for result in results)
