@@ -193,19 +193,21 @@ def test_quantised_activations_match_the_golden(suffix, tmp_path):
         assert_golden("logits", model(expected["input_ids"]).logits, expected["logits"], "logits")
 
 
-def test_only_the_experts_that_are_hit_are_decoded_and_never_a_whole_stack(kept, monkeypatch):
+@pytest.mark.parametrize("tokens", [3, 30])
+def test_only_the_experts_that_are_hit_are_decoded_and_never_a_whole_stack(kept, tokens, monkeypatch):
     experts, seen = kept.model.layers[1].mlp.experts, []
-    original = op_quant.dequantize_block_fp8
+    original = op_quant.decode_fp8
 
     def record(weight, *args, **kwargs):
         seen.append((weight.data_ptr(), weight.numel()))
         return original(weight, *args, **kwargs)
 
-    monkeypatch.setattr(op_fp8, "dequantize_block_fp8", record)
+    for module in (op_fp8, op_quant):
+        monkeypatch.setattr(module, "decode_fp8", record)
     monkeypatch.setattr(op_fp8, "_PIECE", 64 * 128)
-    indices = torch.tensor([[2, 5], [5, 2], [2, 5]])
+    indices = torch.tensor([[2, 5], [5, 2], [2, 5]]).repeat(tokens // 3, 1)
     with torch.no_grad():
-        experts(torch.randn(3, 192), indices, torch.rand(3, 2))
+        experts(torch.randn(tokens, 192), indices, torch.rand(tokens, 2))
     assert max(numel for _, numel in seen) <= 128 * 192, "a piece is one row of blocks"
     for name in ("gate_up_proj", "down_proj"):
         stack = getattr(experts, name)

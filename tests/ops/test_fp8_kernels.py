@@ -130,6 +130,24 @@ def test_linear_in_bfloat16_rounds_weights_once():
     assert_close("output", output, rows.double() @ wide.T, "bfloat16")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("num_rows", [1, 2, 4, 5])
+def test_linear_with_few_rows(num_rows, dtype, monkeypatch):
+    monkeypatch.setattr(op_fp8, "_PIECE", 256 * 300)  # pieces of two blocks, of which the last is short
+    weight, scale = (tensor.cpu() for tensor in fp8_weight(600, 300))
+    scale = scale.to(torch.float8_e8m0fnu) if num_rows == 2 else scale
+    rows = random(num_rows, 300).cpu().to(getattr(torch, dtype))
+    output = fp8_linear(rows, weight, scale, Fp8Format())
+    assert output.dtype == rows.dtype
+    wide = op_quant.dequantize_block_fp8(weight, scale).double()
+    assert_close("output", output, rows.double() @ wide.T, "float32" if dtype == "float64" else dtype)
+    weight.view(torch.uint8)[[1, 599], 5] = torch.tensor([0x7F, 0xFF], dtype=torch.uint8)
+    broken = fp8_linear(rows, weight, scale, Fp8Format())
+    assert broken[:, [1, 599]].isnan().all() and broken.isnan().sum() == 2 * num_rows
+    with pytest.raises(ValueError, match="expected"):
+        fp8_linear(rows, weight, scale[:4], Fp8Format())
+
+
 def test_memory_of_pieces_serves_in_and_out_of_inference_mode(monkeypatch):
     monkeypatch.setattr(op_fp8, "_PIECE", 128 * 256)
     monkeypatch.setattr(op_fp8, "_memory", threading.local())
