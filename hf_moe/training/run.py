@@ -17,6 +17,7 @@ from .callbacks import Callback
 from .checkpoints import find_checkpoint, is_sharded, list_checkpoints
 from .data import TokenRows, load_rows
 from .fp8_training import disable_fp8_training, enable_fp8_training
+from .distributed import reads_once
 from .lora import trained_table
 from .output import push, write_result
 from .partition import count_elements
@@ -64,7 +65,8 @@ def finetune(args: FinetuneArguments, callbacks: Sequence[Callback] = ()) -> Fin
         for folder in list_checkpoints(Path(args.output_dir)):  # there are some with --overwrite_output_dir alone
             shutil.rmtree(folder)
     torch.manual_seed(args.seed)  # before the factors are drawn
-    model = load_model(args)
+    # The others get the weights of the main process when FSDP2 has cut them.
+    model = load_model(args, empty=reads_once(accelerator) and not accelerator.is_main_process)
     if args.use_peft:
         model = apply_lora(model, args)
     elif any(p.is_floating_point() and p.dtype.itemsize < 2 for p in model.parameters()):
@@ -134,16 +136,24 @@ def check_length(args: FinetuneArguments) -> None:
         raise ValueError(f"--max_length {args.max_length} is more than the model's {limit} positions")
 
 
-def load_model(args: FinetuneArguments) -> torch.nn.Module:
-    """The causal language model, on the CPU or where `accelerate` will move it."""
+def load_model(args: FinetuneArguments, empty: bool = False) -> torch.nn.Module:
+    """The causal language model, on the CPU or where `accelerate` will move it.
+
+    `empty`: nothing of its weights is read; their memory is not touched, and holds whatever it does.
+    """
     options = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
-    return AutoModelForCausalLM.from_pretrained(
+    if empty:
+        options["device_map"] = {"": "meta"}
+    model = AutoModelForCausalLM.from_pretrained(
         args.model_name_or_path,
         revision=args.model_revision,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
         **options,
     )
+    if empty:
+        model.to_empty(device="cpu").tie_weights()
+    return model
 
 
 def describe(name: str, data: TokenRows) -> str:

@@ -28,6 +28,7 @@ from .arguments import FinetuneArguments
 from .callbacks import Callback
 from .checkpoints import find_checkpoint, load_checkpoint, rotate, save_checkpoint
 from .data import IGNORE_INDEX, Collator, RowOrder, TokenRows
+from .distributed import forward_context, prepare
 from .optimizers import MUON, build_optimizer
 from .replay import enable_gradient_checkpointing
 
@@ -94,7 +95,7 @@ class FinetuneTrainer:
         fill_deepspeed_config(self.accelerator, args)
         optimizer = build_optimizer(model, args)
         self.unwrapped = model
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = prepare(self.accelerator, model, optimizer)
         self.order = RowOrder(len(train_dataset), args.seed if args.data_seed is None else args.data_seed)
         self.rows_per_step = (
             args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
@@ -217,7 +218,8 @@ class FinetuneTrainer:
         for batch, count in zip(micro_batches, counts):
             self.micro_batch_share = count / num_items
             with self.accelerator.accumulate(self.model):
-                outputs = self.model(**batch, **kwargs, num_items_in_batch=num_items)
+                with forward_context(self.accelerator, self.unwrapped):
+                    outputs = self.model(**batch, **kwargs, num_items_in_batch=num_items)
                 loss = outputs.loss
                 for callback in self.callbacks:
                     more = callback.extra_loss(self, outputs, batch)
@@ -322,7 +324,8 @@ class FinetuneTrainer:
                 batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
                 if not rows:
                     batch["labels"].fill_(IGNORE_INDEX)
-                outputs = self.model(**batch, **self.loss_arguments, num_items_in_batch=1)
+                with forward_context(self.accelerator, self.unwrapped):
+                    outputs = self.model(**batch, **self.loss_arguments, num_items_in_batch=1)
                 total += torch.stack([outputs.loss.double(), count_targets(batch["labels"]).double()])
         self.model.train(was_training)
         loss, targets = self.accelerator.reduce(total, reduction="sum").tolist()
