@@ -6,7 +6,8 @@ their sizes: a folder that lost some is not taken up.
     adapter_model.safetensors, adapter_config.json    LoRA; or the whole model, which `from_pretrained` reads
     router_bias.safetensors                           correction biases, which no gradient moves
     optimizer.pt  scheduler.pt  callbacks.pt  rng_state_<rank>.pt  trainer_state.json  manifest.json
-    sharded/                                          with FSDP or DeepSpeed, in place of weights and optimiser
+    sharded/                                          with FSDP or DeepSpeed, in place of weights and optimiser; of LoRA
+                                                      under FSDP2 the factors alone, whatever the size of the model
 """
 
 import dataclasses
@@ -23,7 +24,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
+from .distributed import uses_fsdp2
 from .partition import count_elements
 
 if TYPE_CHECKING:
@@ -115,7 +125,7 @@ def save_checkpoint(trainer: "FinetuneTrainer", folder: Path) -> None:
         staging.mkdir(parents=True)
     accelerator.wait_for_everyone()
     if is_sharded(accelerator):
-        accelerator.save_state(str(staging / "sharded"))
+        save_sharded(trainer, staging / "sharded")
     elif accelerator.is_main_process:
         save_weights(trainer.unwrapped, staging)
         torch.save(trainer.optimizer.state_dict(), staging / "optimizer.pt")
@@ -148,6 +158,19 @@ def save_weights(model: torch.nn.Module, folder: Path) -> None:
     model.save_pretrained(str(folder), safe_serialization=True)
     if hasattr(model, "peft_config"):
         (folder / "README.md").unlink(missing_ok=True)  # an empty form
+
+
+def save_sharded(trainer: "FinetuneTrainer", folder: Path) -> None:
+    """What each process has of weights and optimiser; of LoRA under FSDP2 without the weights that stay as they are."""
+    accelerator, model = trainer.accelerator, trainer.model
+    if not uses_fsdp2(accelerator) or not hasattr(trainer.unwrapped, "peft_config"):
+        accelerator.save_state(str(folder))
+        return
+    state = {
+        "model": get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True)),
+        "optimizer": get_optimizer_state_dict(model, trainer.optimizer),
+    }
+    distributed_checkpoint.save(state, checkpoint_id=str(folder))
 
 
 def router_biases(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -185,7 +208,7 @@ def load_checkpoint(trainer: "FinetuneTrainer", folder: Path, weights_only: bool
             )
     accelerator = trainer.accelerator
     if is_sharded(accelerator):
-        accelerator.load_state(str(folder / "sharded"))
+        load_sharded(trainer, folder / "sharded", weights_only)
     else:
         load_weights(trainer.unwrapped, folder)
         if not weights_only:
@@ -203,6 +226,21 @@ def load_checkpoint(trainer: "FinetuneTrainer", folder: Path, weights_only: bool
             raise CheckpointError(f"{folder} is of fewer processes: {path.name} is missing")
         _set_random_state(_read(path))
     return type(trainer.state)(**saved["state"])
+
+
+def load_sharded(trainer: "FinetuneTrainer", folder: Path, weights_only: bool = False) -> None:
+    """Reads what `save_sharded` wrote, and what was saved before it left anything out."""
+    model, optimizer = trainer.model, trainer.optimizer
+    if not (folder / ".metadata").is_file():
+        trainer.accelerator.load_state(str(folder))
+        return
+    state = {"model": get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))}
+    if not weights_only:
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    distributed_checkpoint.load(state, checkpoint_id=str(folder))
+    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
+    if not weights_only:
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:

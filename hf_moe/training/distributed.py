@@ -34,6 +34,11 @@ def _uses_fsdp(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
+def uses_fsdp2(accelerator: Accelerator) -> bool:
+    """Whether models are sharded by FSDP2."""
+    return _uses_fsdp(accelerator) and getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2
+
+
 def keep_fp8(accelerator: Accelerator, model: nn.Module) -> bool:
     """Lets FSDP2 gather the FP8 weights of `model`, and all others, in the dtype that they are stored in.
 
@@ -49,7 +54,7 @@ def keep_fp8(accelerator: Accelerator, model: nn.Module) -> bool:
     if not _uses_fsdp(accelerator) or not has_fp8(model):
         return False
     plugin = accelerator.state.fsdp_plugin
-    if getattr(plugin, "fsdp_version", 1) != 2:
+    if not uses_fsdp2(accelerator):
         raise ValueError("FP8 weights are sharded by FSDP2: set `fsdp_version: 2`, or load with `dequantize=True`")
     if plugin.cpu_ram_efficient_loading:
         raise ValueError(
@@ -88,25 +93,28 @@ def reads_once(accelerator: Accelerator) -> bool:
 
     From then on Transformers no longer sees that option, of which it has a way of its own.
     """
-    plugin = accelerator.state.fsdp_plugin if _uses_fsdp(accelerator) else None
-    if getattr(plugin, "fsdp_version", 1) != 2:
+    if not uses_fsdp2(accelerator):
         return False
     disable_fsdp_ram_efficient_loading()
-    return bool(plugin.cpu_ram_efficient_loading)
+    return bool(accelerator.state.fsdp_plugin.cpu_ram_efficient_loading)
 
 
 def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer):
     """`accelerator.prepare(model, optimizer)`, for models with FP8 weights and weights that one process has, too.
 
     With `cpu_ram_efficient_loading` all processes get the values of the main one; what the others have does not count.
+    Losses stay float32: Accelerate would have FSDP2 round what a model returns to bfloat16, sums over tokens too.
     """
     if not _uses_fsdp(accelerator):
         if accelerator.num_processes > 1 and accelerator.distributed_type != DistributedType.DEEPSPEED:
             hide_fp8_from_ddp(model)
         return accelerator.prepare(model, optimizer)
     with _settings_restored(accelerator.state.fsdp_plugin):
-        once = reads_once(accelerator)
-        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading &= not once
+        plugin, once = accelerator.state.fsdp_plugin, reads_once(accelerator)
+        if uses_fsdp2(accelerator):
+            plugin.cpu_ram_efficient_loading = False
+            if plugin.mixed_precision_policy is not None:
+                plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
         keep_fp8(accelerator, model)
         whole = {}
         if once and accelerator.is_main_process:

@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -399,7 +400,7 @@ def make_accelerator(args: FinetuneArguments) -> Accelerator:
     handlers = []
     if args.ddp_find_unused_parameters is not None:
         handlers.append(DistributedDataParallelKwargs(find_unused_parameters=args.ddp_find_unused_parameters))
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.report_to or None,
@@ -407,6 +408,24 @@ def make_accelerator(args: FinetuneArguments) -> Accelerator:
         cpu=args.use_cpu or None,
         kwargs_handlers=handlers,
     )
+    check_launch(accelerator)
+    return accelerator
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Raises `ValueError` where Accelerate does something else than it was started for, which it does without a word."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > accelerator.num_processes:
+        raise ValueError(
+            f"this is one of {world} processes, but Accelerate found no accelerator to train on, so that each would "
+            "train alone: pass --use_cpu to train on CPUs"
+        )
+    wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if wants_fsdp and accelerator.distributed_type != DistributedType.FSDP:
+        raise ValueError(
+            f"FSDP is asked for, but Accelerate has it on accelerators alone, not on {accelerator.device}: start "
+            "without it (examples/accelerate/ddp.yaml)"
+        )
 
 
 def fill_deepspeed_config(accelerator: Accelerator, args: FinetuneArguments) -> None:
