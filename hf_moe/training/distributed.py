@@ -80,6 +80,20 @@ def hide_fp8_from_ddp(model: nn.Module) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
+def refuse_fp8_under_deepspeed(accelerator: Accelerator, model: nn.Module) -> None:
+    """Raises `ValueError` where DeepSpeed would change scales of FP8 weights without a word, or could not send them."""
+    if not has_fp8(model):
+        return
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    if accelerator.mixed_precision != "no" or any(config.get(n, {}).get("enabled") for n in ("bf16", "fp16")):
+        raise ValueError(
+            "DeepSpeed rounds the scales of FP8 weights in mixed precision: shard them by FSDP2 "
+            "(examples/accelerate/fsdp2.yaml), or set `mixed_precision: 'no'`"
+        )
+    if torch.distributed.get_backend() == "gloo":
+        raise ValueError("gloo does not move the FP8 weights that DeepSpeed gathers: shard them by FSDP2")
+
+
 def forward_context(accelerator: Accelerator, model: nn.Module):
     """The context to call a prepared model in: autocast where `keep_fp8` took FSDP2's own mixed precision away."""
     return accelerator.autocast() if _uses_fsdp(accelerator) and has_fp8(model) else nullcontext()
@@ -106,7 +120,9 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.O
     Losses stay float32: Accelerate would have FSDP2 round what a model returns to bfloat16, sums over tokens too.
     """
     if not _uses_fsdp(accelerator):
-        if accelerator.num_processes > 1 and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            refuse_fp8_under_deepspeed(accelerator, model)
+        elif accelerator.num_processes > 1:
             hide_fp8_from_ddp(model)
         return accelerator.prepare(model, optimizer)
     with _settings_restored(accelerator.state.fsdp_plugin):

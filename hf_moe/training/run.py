@@ -16,8 +16,8 @@ from .arguments import FinetuneArguments
 from .callbacks import Callback
 from .checkpoints import find_checkpoint, is_sharded, list_checkpoints
 from .data import TokenRows, load_rows
-from .fp8_training import disable_fp8_training, enable_fp8_training
 from .distributed import reads_once
+from .fp8_training import disable_fp8_training, enable_fp8_training
 from .lora import trained_table
 from .output import push, write_result
 from .partition import count_elements
