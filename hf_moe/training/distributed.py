@@ -58,7 +58,7 @@ def keep_fp8(accelerator: Accelerator, model: nn.Module) -> bool:
         raise ValueError("FP8 weights are sharded by FSDP2: set `fsdp_version: 2`, or load with `dequantize=True`")
     if plugin.cpu_ram_efficient_loading:
         raise ValueError(
-            "Accelerate's `cpu_ram_efficient_loading` does not know FP8 weights: switch it off, or use `hf-moe finetune`"
+            "Accelerate's `cpu_ram_efficient_loading` knows no FP8 weights: switch it off, or use `hf-moe finetune`"
         )
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(

@@ -413,7 +413,7 @@ def make_accelerator(args: FinetuneArguments) -> Accelerator:
 
 
 def check_launch(accelerator: Accelerator) -> None:
-    """Raises `ValueError` where Accelerate does something else than it was started for, which it does without a word."""
+    """Raises `ValueError` where Accelerate would without a word do something else than it was started for."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > accelerator.num_processes:
         raise ValueError(
