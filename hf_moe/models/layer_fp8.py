@@ -71,9 +71,10 @@ class Fp8Module(nn.Module):
             TypeError: for weights that something cast, such as FSDP2's mixed precision before it gathers them.
         """
         for name in self.fp8_parts:
-            if self._parameters[name].dtype != FP8:
+            dtype = getattr(self, name).dtype
+            if dtype != FP8:
                 raise TypeError(
-                    f"{type(self).__name__}.{name} is {self._parameters[name].dtype}, its FP8 numbers without their "
+                    f"{type(self).__name__}.{name} is {dtype}, its FP8 numbers without their "
                     "scales. FSDP's mixed precision does that: give it no `param_dtype`, or, through Accelerate, call "
                     "`hf_moe.training.distributed.keep_fp8(accelerator, model)` before the model is prepared."
                 )

@@ -69,15 +69,17 @@ def keep_fp8(accelerator: Accelerator, model: nn.Module) -> bool:
 
 def hide_fp8_from_ddp(model: nn.Module) -> None:
     """Makes DDP pass over FP8 weights and their scales, which are frozen."""
-    names = [
+    names = {
         f"{prefix}.{name}{suffix}"
         for prefix, module in model.named_modules()
         if getattr(module, "fp8", None) is not None
         for name in module.fp8_parts
         for suffix in ("", "_scale_inv")
-    ]
-    # The one private thing: DDP has no public way yet. A test on two processes fails where it is gone.
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    }
+    if names:
+        names.update(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+        # The one private thing: DDP has no public way yet. A test on two processes fails where it is gone.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 def refuse_fp8_under_deepspeed(accelerator: Accelerator, model: nn.Module) -> None:
