@@ -3,7 +3,7 @@
 Two grouped products over the sorted rows of `kernel_routing.Layout`:
 
 * `gate_up_kernel` gathers the tokens of its rows while it loads them, multiplies them with the gate and the up matrix
-  of their expert, and applies SwiGLU before it stores.
+  of their expert, and applies the activation and the gate before it stores.
 * `rows_kernel`, as the down product, multiplies with the down matrix and the routing weight, and stores each row in the
   place of its slot, so that the K rows of a token are neighbours. It also serves the low-rank products of LoRA and the
   gradient of the tokens.
@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import torch
 
+from .kernel_activation import activate
 from .kernel_routing import Layout
 from .kernel_tiles import FP8, FP8_BITS, PLAIN, SCALE_BLOCK, Tile, product_tile
 from .triton_compat import (
@@ -242,6 +243,7 @@ def finish_gate_up(
     outs,  # out_ptr, pre_ptr
     I: tl.constexpr,  # noqa: E741
     SAVE_PRE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
     IN_PIECES: tl.constexpr,
@@ -251,10 +253,10 @@ def finish_gate_up(
         PIECE: tl.constexpr = WIDTH // 2
         gate, gate_right = halves(gate, BLOCK_M, PIECE)
         up, up_right = halves(up, BLOCK_M, PIECE)
-        store_gate_up(gate, up, first_column, place, outs, I, SAVE_PRE, BLOCK_M, PIECE)
-        store_gate_up(gate_right, up_right, first_column + PIECE, place, outs, I, SAVE_PRE, BLOCK_M, PIECE)
+        store_gate_up(gate, up, first_column, place, outs, I, SAVE_PRE, ACTIVATION, BLOCK_M, PIECE)
+        store_gate_up(gate_right, up_right, first_column + PIECE, place, outs, I, SAVE_PRE, ACTIVATION, BLOCK_M, PIECE)
     else:
-        store_gate_up(gate, up, first_column, place, outs, I, SAVE_PRE, BLOCK_M, WIDTH)
+        store_gate_up(gate, up, first_column, place, outs, I, SAVE_PRE, ACTIVATION, BLOCK_M, WIDTH)
 
 
 @jit
@@ -266,6 +268,7 @@ def store_gate_up(
     outs,
     I: tl.constexpr,  # noqa: E741
     SAVE_PRE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -279,7 +282,7 @@ def store_gate_up(
         pre_ptrs = pre_ptr + rows[:, None] * (2 * I) + columns[None, :]
         tl.store(pre_ptrs, narrow(gate, pre_ptr.dtype.element_ty), mask=mask)
         tl.store(pre_ptrs + I, narrow(up, pre_ptr.dtype.element_ty), mask=mask)
-    out = gate / (1 + tl.exp(-gate)) * up
+    out = activate(gate, ACTIVATION) * up
     tl.store(out_ptr + rows[:, None] * I + columns[None, :], narrow(out, out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -291,7 +294,7 @@ def gate_up_kernel(
     scale_ptr,  # (E, 2 * ceil(I / 128), ceil(H / 128)), or unused
     low_ptr,  # (N, R) sorted rows times LoRA's A, or unused
     lora_ptr,  # (E, 2I, R) LoRA's B, or unused
-    out_ptr,  # (N, I) sorted rows of silu(gate) * up
+    out_ptr,  # (N, I) sorted rows of activation(gate) * up
     pre_ptr,  # (N, 2I) sorted rows of gate and up, or unused
     order_ptr,
     offsets_ptr,
@@ -306,6 +309,7 @@ def gate_up_kernel(
     WEIGHT: tl.constexpr,
     UE8M0: tl.constexpr,
     SAVE_PRE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # one half is gate, the other the same columns of up
     BLOCK_K: tl.constexpr,
@@ -379,7 +383,7 @@ def gate_up_kernel(
             gate, up = halves(acc, BLOCK_M, HALF)
         place = (m, tiles_ptr, offsets_ptr, order_ptr, max_tiles)
         outs = (out_ptr, pre_ptr)
-        finish_gate_up(gate, up, n * HALF, place, outs, I, SAVE_PRE, BLOCK_M, HALF, PAIR)
+        finish_gate_up(gate, up, n * HALF, place, outs, I, SAVE_PRE, ACTIVATION, BLOCK_M, HALF, PAIR)
 
 
 @jit
@@ -546,8 +550,9 @@ def gate_up(
     x_scale: torch.Tensor | None = None,
     low: torch.Tensor | None = None,
     lora_b: torch.Tensor | None = None,
+    activation: str = "silu",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Sorted rows (N, I) of silu(gate) * up, and (N, 2I) of gate and up if `pre_dtype` is given."""
+    """Sorted rows (N, I) of activation(gate) * up, and (N, 2I) of gate and up if `pre_dtype` is given."""
     (tokens, hidden), inter, device = hidden_states.shape, weight.shape[1] // 2, hidden_states.device
     kind = weight_kind(weight)
     capability = compute_capability(device)
@@ -573,6 +578,7 @@ def gate_up(
         I=inter,
         X_FP8=x_scale is not None,
         SAVE_PRE=pre is not None,
+        ACTIVATION=activation,
         **weight_options(weight, scale),
         **lora_options(0 if low is None else low.shape[1]),
         **options,

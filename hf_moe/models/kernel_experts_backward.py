@@ -1,10 +1,10 @@
 """Triton kernels of the experts' backward pass; gradients to tokens come from `kernel_experts.rows_kernel`.
 
-With y = sum over slots of w * D (silu(g) * u), where g and u are the gate and up products of the slot's token:
+With y = sum over slots of w * D (a(g) * u), where a is the activation, and g and u are the gate and up products of the slot's token:
 
 * `inner_grad_kernel` multiplies the gathered gradient of the token with D transposed, and from that (BLOCK_M, BLOCK_N)
   tile, gate and up makes, before anything is stored: the gradients of gate and up, the tile's share of the gradient of
-  the routing weight (its dot product with silu(g) * u), and, if a weight gradient needs it, the weighted inner row.
+  the routing weight (its dot product with a(g) * u), and, if a weight gradient needs it, the weighted inner row.
 * `outer_kernel` sums outer products of an expert's rows: gradients of its weights and of its LoRA factors.
 
 Weights may be FP8, which is widened in registers as in the forward products: a frozen stack is never expanded.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import torch
 
+from .kernel_activation import activate_with_slope
 from .kernel_experts import (
     _SCALE_BLOCK,
     as_bytes,
@@ -36,7 +37,7 @@ from .triton_compat import cdiv, compute_capability, dot, jit, jit_for_any, narr
 
 
 @jit
-def swiglu_grad(
+def gate_grad(
     grad,  # (BLOCK_M, WIDTH) of the inner rows, not yet weighted
     first_column,
     rows,
@@ -45,6 +46,7 @@ def swiglu_grad(
     places,  # pre_ptr, factors_ptr, grad_pre_ptr, inner_ptr
     I: tl.constexpr,  # noqa: E741
     SAVE_INNER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """Stores the gradients of gate and up for some columns; returns their share of the routing weights' gradient."""
@@ -54,14 +56,14 @@ def swiglu_grad(
     pre_offsets = rows[:, None] * (2 * I) + columns[None, :]
     gate = tl.load(pre_ptr + pre_offsets, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(pre_ptr + pre_offsets + I, mask=mask, other=0.0).to(tl.float32)
-    sigmoid = 1 / (1 + tl.exp(-gate))
-    inner = gate * sigmoid * up
+    value, slope = activate_with_slope(gate, ACTIVATION)
+    inner = value * up
     share = tl.sum(tl.where(mask, grad * inner, 0.0), 1)
     factors = tl.load(factors_ptr + slots).to(tl.float32)[:, None]
     grad *= factors
-    grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
+    grad_gate = grad * up * slope
     tl.store(grad_pre_ptr + pre_offsets, narrow(grad_gate, grad_pre_ptr.dtype.element_ty), mask=mask)
-    grad_up = narrow(grad * gate * sigmoid, grad_pre_ptr.dtype.element_ty)
+    grad_up = narrow(grad * value, grad_pre_ptr.dtype.element_ty)
     tl.store(grad_pre_ptr + pre_offsets + I, grad_up, mask=mask)
     if SAVE_INNER:
         inner_ptrs = inner_ptr + rows[:, None] * I + columns[None, :]
@@ -80,7 +82,7 @@ def inner_grad_kernel(
     pre_ptr,  # (N, 2I) sorted rows of gate and up
     factors_ptr,  # (N,) routing weight of each slot
     grad_pre_ptr,  # (N, 2I) sorted rows
-    inner_ptr,  # (N, I) sorted rows of w * silu(gate) * up, or unused
+    inner_ptr,  # (N, I) sorted rows of w * activation(gate) * up, or unused
     shares_ptr,  # (N, tiles along I) float32, in the order of the slots
     order_ptr,
     offsets_ptr,
@@ -93,6 +95,7 @@ def inner_grad_kernel(
     R: tl.constexpr,
     HAS_KEPT: tl.constexpr,
     SAVE_INNER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     WEIGHT: tl.constexpr,
     UE8M0: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -148,11 +151,11 @@ def inner_grad_kernel(
         first = n * BLOCK_N
         share = tl.zeros((BLOCK_M,), tl.float32)
         one, two = halves(left, BLOCK_M, QUARTER)
-        share += swiglu_grad(one, first, rows, slots, valid, places, I, SAVE_INNER, QUARTER)
-        share += swiglu_grad(two, first + QUARTER, rows, slots, valid, places, I, SAVE_INNER, QUARTER)
+        share += gate_grad(one, first, rows, slots, valid, places, I, SAVE_INNER, ACTIVATION, QUARTER)
+        share += gate_grad(two, first + QUARTER, rows, slots, valid, places, I, SAVE_INNER, ACTIVATION, QUARTER)
         one, two = halves(right, BLOCK_M, QUARTER)
-        share += swiglu_grad(one, first + HALF, rows, slots, valid, places, I, SAVE_INNER, QUARTER)
-        share += swiglu_grad(two, first + HALF + QUARTER, rows, slots, valid, places, I, SAVE_INNER, QUARTER)
+        share += gate_grad(one, first + HALF, rows, slots, valid, places, I, SAVE_INNER, ACTIVATION, QUARTER)
+        share += gate_grad(two, first + HALF + QUARTER, rows, slots, valid, places, I, SAVE_INNER, ACTIVATION, QUARTER)
         tl.store(shares_ptr + slots * tiles_n + n, share, mask=valid)
 
 
@@ -218,6 +221,7 @@ def inner_grad(
     low: torch.Tensor | None = None,
     lora_a: torch.Tensor | None = None,
     kept: torch.Tensor | None = None,
+    activation: str = "silu",
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Gradients that start from that of the tokens' sums.
 
@@ -263,6 +267,7 @@ def inner_grad(
         I=inter,
         HAS_KEPT=kept is not None,
         SAVE_INNER=save_inner,
+        ACTIVATION=activation,
         **weight_options(weight, scale),
         **lora_options(0 if low is None else low.shape[1]),
         **options,
