@@ -89,8 +89,11 @@ def compare(experts, topk_indices, dtype, weights=None):
         result["gradient of topk_weights"].masked_fill_(elsewhere, 0.0)
     fmt = str(dtype).removeprefix("torch.")
     for name, expected in reference.items():
-        is_gradient = dtype == torch.bfloat16 and name.startswith("gradient")
-        assert_close(name, result[name], expected, "bfloat16_grad" if is_gradient else fmt)
+        if dtype == torch.bfloat16 and experts.config._experts_implementation == BACKEND_NAME:
+            assert_close(name, result[name], expected, "bfloat16_experts")
+        else:
+            is_gradient = dtype == torch.bfloat16 and name.startswith("gradient")
+            assert_close(name, result[name], expected, "bfloat16_grad" if is_gradient else fmt)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -244,10 +247,6 @@ def test_autocast_reaches_the_experts():
 )
 def test_choice_of_backend(device, dtype, rows, backend):
     assert choose_backend(torch.device(device), dtype, rows) == backend
-
-
-def test_training_under_compile_avoids_the_opaque_loop():
-    assert choose_backend(torch.device("cpu"), torch.float32, 64, compiling_with_grad=True) == "grouped_mm"
 
 
 def test_backend_is_registered_and_the_default():
