@@ -1,6 +1,7 @@
 """Triton kernels of the experts' backward pass; gradients to tokens come from `kernel_experts.rows_kernel`.
 
-With y = sum over slots of w * D (a(g) * u), where a is the activation, and g and u are the gate and up products of the slot's token:
+With y = sum over slots of w * D (a(g) * u), where a is the activation and g and u are the gate and up products of the
+slot's token:
 
 * `inner_grad_kernel` multiplies the gathered gradient of the token with D transposed, and from that (BLOCK_M, BLOCK_N)
   tile, gate and up makes, before anything is stored: the gradients of gate and up, the tile's share of the gradient of

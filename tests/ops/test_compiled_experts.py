@@ -59,6 +59,35 @@ def test_training_is_that_of_eager_code(weights, dtype, impl):
         assert torch.equal(actual[name], value), name
 
 
+OPTIONS = {
+    "gelu": ("lora", {"activation": "gelu"}),
+    "relu2": ("fp8_lora", {"activation": "relu2"}),
+    "quantised rows": ("fp8_lora", {"quantize": True, "ue8m0": True}),
+    "other blocks": ("fp8", {"block_size": (64, 32), "activation": "tanh"}),
+}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("choice", OPTIONS)
+def test_what_is_said_beside_tensors_reaches_the_operators(choice, impl):
+    weights, options = OPTIONS[choice]
+    case = make_case(Shape(9, 4, 2, "skipped"), 136, 72, **WEIGHTS[weights])
+    if choice == "other blocks":
+        case.gate_up_scale, case.down_scale = torch.rand(4, 4, 5) + 0.5, torch.rand(4, 3, 3) + 0.5
+        if impl == "triton":
+            with pytest.raises(ValueError, match="not tanh and \\(64, 32\\)"):
+                experts(*case.arguments(), **options, impl=impl)
+            return
+    expected = run_with_gradients(lambda *arguments: experts(*arguments, **options, impl=impl), case)
+    definition = run_with_gradients(lambda *arguments: experts(*arguments, **options, impl="torch"), case)
+    function, counter = compiled(lambda *arguments: experts(*arguments, **options, impl=impl))
+    actual = run_with_gradients(function, case)
+    assert counter.frame_count == 1 and operators(counter) == {"experts_training"}
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+        assert_close(name, value, definition[name], "fp8_experts" if choice == "quantised rows" else "float32")
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_inference_is_that_of_eager_code(weights, impl):
@@ -137,14 +166,31 @@ def test_a_model_trains_in_one_graph(backend):
     compare_training(model, random_ids(2, 9), {"experts_training"})
 
 
-@pytest.mark.parametrize("backend", ["hf_moe", pytest.param(TRITON_BACKEND_NAME, marks=interpreted)])
-def test_adapters_on_an_fp8_model_train_in_one_graph(backend):
+@interpreted
+def test_adapters_on_an_fp8_model_train_on_kernels_in_one_graph():
     peft = pytest.importorskip("peft")
     model = AutoModelForCausalLM.from_pretrained(GOLDENS / "v3_fp8", dtype=torch.float32)
     model.set_fp8_activations(False)
-    model.set_experts_implementation(backend)
+    model.set_experts_implementation(TRITON_BACKEND_NAME)
     names = {"target_modules": ["o_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     model = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_dropout=0.0, init_lora_weights=False, **names))
+    compare_training(model, load_golden("v3_fp8")[0]["input_ids"][:1, :4], {"experts_training", "fp8_mm"})
+
+
+@pytest.mark.parametrize("hidden_act", ["gelu", "mish"])
+def test_a_model_of_another_activation_trains_in_one_graph(hidden_act):
+    compare_training(tiny_model("deepseek_v3", hidden_act=hidden_act), random_ids(2, 9), {"experts_training"})
+
+
+@pytest.mark.parametrize("hidden_act, quantize", [("silu", True), ("gelu_new", False)], ids=["W8A8", "gelu"])
+@pytest.mark.parametrize("adapters", [False, True], ids=["frozen", "lora"])
+def test_an_fp8_model_trains_in_one_graph(adapters, quantize, hidden_act):
+    model = AutoModelForCausalLM.from_pretrained(GOLDENS / "v3_fp8", dtype=torch.float32, hidden_act=hidden_act)
+    model.set_fp8_activations(quantize)
+    if adapters:
+        peft = pytest.importorskip("peft")
+        names = {"target_modules": ["o_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+        model = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_dropout=0.0, init_lora_weights=False, **names))
     compare_training(model, load_golden("v3_fp8")[0]["input_ids"][:1, :4], {"experts_training", "fp8_mm"})
 
 
