@@ -155,6 +155,33 @@ def lora(capability: int) -> None:
     training(torch.float32, 64, weights_of(torch.float32), rank=8)
 
 
+def activations(capability: int) -> None:
+    """Epilogues that compute more than SiLU, where the products leave them the fewest registers."""
+    for activation, limit in (("gelu", 0.0), ("gelu_tanh", 0.0), ("relu2", 0.0), ("silu", 7.0)):
+        options = {"activation": activation, "limit": limit}
+        for dtype, block_m in ((torch.bfloat16, 64), (torch.bfloat16, 128), (FP8, 128), (torch.float32, 64)):
+            training_gate(torch.bfloat16 if dtype == FP8 else dtype, block_m, weights_of(dtype), options)
+        if capability == 90:  # the tile of two blocks
+            gate_up, scale, *_ = weights_of(FP8)
+            x, x_scale = empty(TOKENS[128], HIDDEN, dtype=FP8), empty(TOKENS[128], HIDDEN // 128, dtype=torch.float32)
+            inputs = (x, gate_up, scale, layout_of(128), TOP_K)
+            kernel_experts.gate_up(*inputs, x_scale=x_scale, out_dtype=torch.float32, **options)
+
+
+def training_gate(dtype: torch.dtype, block_m: int, weights: tuple, options: dict) -> None:
+    """The two kernels that compute the gate, with LoRA and dropout."""
+    gate_up, gate_up_scale, down, down_scale = weights
+    tokens, layout, rank = TOKENS[block_m], layout_of(block_m), 16
+    slots = tokens * TOP_K
+    x, low = empty(tokens, HIDDEN, dtype=dtype), empty(slots, rank, dtype=dtype)
+    lora_b, lora_a = empty(EXPERTS, 2 * INTER, rank, dtype=dtype), empty(EXPERTS, rank, INTER, dtype=dtype)
+    factors, kept = empty(slots, dtype=torch.float32), empty(slots, INTER, dtype=torch.bool)
+    inputs = (x, gate_up, gate_up_scale, layout, TOP_K)
+    _, pre = kernel_experts.gate_up(*inputs, out_dtype=dtype, pre_dtype=dtype, low=low, lora_b=lora_b, **options)
+    inputs = (x, down, down_scale, layout, TOP_K, pre, factors)
+    kernel_experts_backward.inner_grad(*inputs, save_inner=True, low=low, lora_a=lora_a, kept=kept, **options)
+
+
 CASES = {
     "routing": routing,
     "bfloat16": lambda capability: forward(torch.bfloat16, (16, 64, 128), weights_of(torch.bfloat16)),
@@ -164,5 +191,6 @@ CASES = {
     "w8a8": w8a8,
     "backward": backward,
     "lora": lora,
+    "activations": activations,
 }
 CASES.update(aot_cases_dense.CASES)

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 CAPABILITIES = (80, 90, 100)
-CASES = ("routing", "bfloat16", "float16", "float32", "w8a16", "w8a8", "backward", "lora")
+CASES = ("routing", "bfloat16", "float16", "float32", "w8a16", "w8a8", "backward", "lora", "activations")
 # Most bytes of shared memory that one program may use.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 HERE = Path(__file__).parent

@@ -20,6 +20,14 @@ def gelu_cdf(x):
 
 
 @jit
+def limit_gate(gate, up, LIMIT: tl.constexpr):
+    """Gate up to LIMIT and up between -LIMIT and LIMIT; what is no number stays so."""
+    gate = tl.where(gate > LIMIT, LIMIT, gate)
+    up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    return gate, up
+
+
+@jit
 def activate(x, ACTIVATION: tl.constexpr):
     """The activation of float32 values."""
     if ACTIVATION == "gelu":

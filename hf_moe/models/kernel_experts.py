@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import torch
 
-from .kernel_activation import activate
+from .kernel_activation import activate, limit_gate
 from .kernel_routing import Layout
 from .kernel_tiles import FP8, FP8_BITS, PLAIN, SCALE_BLOCK, Tile, product_tile
 from .triton_compat import (
@@ -244,6 +244,7 @@ def finish_gate_up(
     I: tl.constexpr,  # noqa: E741
     SAVE_PRE: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
     IN_PIECES: tl.constexpr,
@@ -253,10 +254,12 @@ def finish_gate_up(
         PIECE: tl.constexpr = WIDTH // 2
         gate, gate_right = halves(gate, BLOCK_M, PIECE)
         up, up_right = halves(up, BLOCK_M, PIECE)
-        store_gate_up(gate, up, first_column, place, outs, I, SAVE_PRE, ACTIVATION, BLOCK_M, PIECE)
-        store_gate_up(gate_right, up_right, first_column + PIECE, place, outs, I, SAVE_PRE, ACTIVATION, BLOCK_M, PIECE)
+        store_gate_up(gate, up, first_column, place, outs, I, SAVE_PRE, ACTIVATION, LIMIT, BLOCK_M, PIECE)
+        store_gate_up(
+            gate_right, up_right, first_column + PIECE, place, outs, I, SAVE_PRE, ACTIVATION, LIMIT, BLOCK_M, PIECE
+        )
     else:
-        store_gate_up(gate, up, first_column, place, outs, I, SAVE_PRE, ACTIVATION, BLOCK_M, WIDTH)
+        store_gate_up(gate, up, first_column, place, outs, I, SAVE_PRE, ACTIVATION, LIMIT, BLOCK_M, WIDTH)
 
 
 @jit
@@ -269,6 +272,7 @@ def store_gate_up(
     I: tl.constexpr,  # noqa: E741
     SAVE_PRE: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -282,6 +286,8 @@ def store_gate_up(
         pre_ptrs = pre_ptr + rows[:, None] * (2 * I) + columns[None, :]
         tl.store(pre_ptrs, narrow(gate, pre_ptr.dtype.element_ty), mask=mask)
         tl.store(pre_ptrs + I, narrow(up, pre_ptr.dtype.element_ty), mask=mask)
+    if LIMIT > 0:
+        gate, up = limit_gate(gate, up, LIMIT)
     out = activate(gate, ACTIVATION) * up
     tl.store(out_ptr + rows[:, None] * I + columns[None, :], narrow(out, out_ptr.dtype.element_ty), mask=mask)
 
@@ -310,6 +316,7 @@ def gate_up_kernel(
     UE8M0: tl.constexpr,
     SAVE_PRE: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # one half is gate, the other the same columns of up
     BLOCK_K: tl.constexpr,
@@ -383,7 +390,7 @@ def gate_up_kernel(
             gate, up = halves(acc, BLOCK_M, HALF)
         place = (m, tiles_ptr, offsets_ptr, order_ptr, max_tiles)
         outs = (out_ptr, pre_ptr)
-        finish_gate_up(gate, up, n * HALF, place, outs, I, SAVE_PRE, ACTIVATION, BLOCK_M, HALF, PAIR)
+        finish_gate_up(gate, up, n * HALF, place, outs, I, SAVE_PRE, ACTIVATION, LIMIT, BLOCK_M, HALF, PAIR)
 
 
 @jit
@@ -551,6 +558,7 @@ def gate_up(
     low: torch.Tensor | None = None,
     lora_b: torch.Tensor | None = None,
     activation: str = "silu",
+    limit: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Sorted rows (N, I) of activation(gate) * up, and (N, 2I) of gate and up if `pre_dtype` is given."""
     (tokens, hidden), inter, device = hidden_states.shape, weight.shape[1] // 2, hidden_states.device
@@ -579,6 +587,7 @@ def gate_up(
         X_FP8=x_scale is not None,
         SAVE_PRE=pre is not None,
         ACTIVATION=activation,
+        LIMIT=float(limit),
         **weight_options(weight, scale),
         **lora_options(0 if low is None else low.shape[1]),
         **options,

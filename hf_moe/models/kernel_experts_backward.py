@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 
-from .kernel_activation import activate_with_slope
+from .kernel_activation import activate_with_slope, limit_gate
 from .kernel_experts import (
     _SCALE_BLOCK,
     as_bytes,
@@ -48,6 +48,7 @@ def gate_grad(
     I: tl.constexpr,  # noqa: E741
     SAVE_INNER: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """Stores the gradients of gate and up for some columns; returns their share of the routing weights' gradient."""
@@ -57,15 +58,19 @@ def gate_grad(
     pre_offsets = rows[:, None] * (2 * I) + columns[None, :]
     gate = tl.load(pre_ptr + pre_offsets, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(pre_ptr + pre_offsets + I, mask=mask, other=0.0).to(tl.float32)
+    if LIMIT > 0:
+        gate_passes, up_passes = gate <= LIMIT, tl.abs(up) <= LIMIT
+        gate, up = limit_gate(gate, up, LIMIT)
     value, slope = activate_with_slope(gate, ACTIVATION)
     inner = value * up
     share = tl.sum(tl.where(mask, grad * inner, 0.0), 1)
     factors = tl.load(factors_ptr + slots).to(tl.float32)[:, None]
     grad *= factors
-    grad_gate = grad * up * slope
+    grad_gate, grad_up = grad * up * slope, grad * value
+    if LIMIT > 0:
+        grad_gate, grad_up = tl.where(gate_passes, grad_gate, 0.0), tl.where(up_passes, grad_up, 0.0)
     tl.store(grad_pre_ptr + pre_offsets, narrow(grad_gate, grad_pre_ptr.dtype.element_ty), mask=mask)
-    grad_up = narrow(grad * value, grad_pre_ptr.dtype.element_ty)
-    tl.store(grad_pre_ptr + pre_offsets + I, grad_up, mask=mask)
+    tl.store(grad_pre_ptr + pre_offsets + I, narrow(grad_up, grad_pre_ptr.dtype.element_ty), mask=mask)
     if SAVE_INNER:
         inner_ptrs = inner_ptr + rows[:, None] * I + columns[None, :]
         tl.store(inner_ptrs, narrow(inner * factors, inner_ptr.dtype.element_ty), mask=mask)
@@ -97,6 +102,7 @@ def inner_grad_kernel(
     HAS_KEPT: tl.constexpr,
     SAVE_INNER: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
     WEIGHT: tl.constexpr,
     UE8M0: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -152,11 +158,13 @@ def inner_grad_kernel(
         first = n * BLOCK_N
         share = tl.zeros((BLOCK_M,), tl.float32)
         one, two = halves(left, BLOCK_M, QUARTER)
-        share += gate_grad(one, first, rows, slots, valid, places, I, SAVE_INNER, ACTIVATION, QUARTER)
-        share += gate_grad(two, first + QUARTER, rows, slots, valid, places, I, SAVE_INNER, ACTIVATION, QUARTER)
+        share += gate_grad(one, first, rows, slots, valid, places, I, SAVE_INNER, ACTIVATION, LIMIT, QUARTER)
+        share += gate_grad(two, first + QUARTER, rows, slots, valid, places, I, SAVE_INNER, ACTIVATION, LIMIT, QUARTER)
         one, two = halves(right, BLOCK_M, QUARTER)
-        share += gate_grad(one, first + HALF, rows, slots, valid, places, I, SAVE_INNER, ACTIVATION, QUARTER)
-        share += gate_grad(two, first + HALF + QUARTER, rows, slots, valid, places, I, SAVE_INNER, ACTIVATION, QUARTER)
+        share += gate_grad(one, first + HALF, rows, slots, valid, places, I, SAVE_INNER, ACTIVATION, LIMIT, QUARTER)
+        share += gate_grad(
+            two, first + HALF + QUARTER, rows, slots, valid, places, I, SAVE_INNER, ACTIVATION, LIMIT, QUARTER
+        )
         tl.store(shares_ptr + slots * tiles_n + n, share, mask=valid)
 
 
@@ -223,6 +231,7 @@ def inner_grad(
     lora_a: torch.Tensor | None = None,
     kept: torch.Tensor | None = None,
     activation: str = "silu",
+    limit: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Gradients that start from that of the tokens' sums.
 
@@ -269,6 +278,7 @@ def inner_grad(
         HAS_KEPT=kept is not None,
         SAVE_INNER=save_inner,
         ACTIVATION=activation,
+        LIMIT=float(limit),
         **weight_options(weight, scale),
         **lora_options(0 if low is None else low.shape[1]),
         **options,

@@ -64,6 +64,7 @@ def experts_torch(
     quantize: bool | None = None,
     ue8m0: bool = False,
     activation: str = "silu",
+    limit: float = 0.0,
     block_size: tuple[int, int] = SCALE_BLOCKS,
 ) -> torch.Tensor:
     """The definition of `experts`, in float32 (float64 for float64 tokens) from the inputs as they are; gradients by
@@ -85,6 +86,8 @@ def experts_torch(
             low = F.linear(dropped[token], lora.gate_up_a[expert].to(wide))
             pre = pre + lora.gate_up_scaling * F.linear(low, lora.gate_up_b[expert].to(wide))
         gate, up = pre.chunk(2, dim=-1)
+        if limit:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         inner = ACTIVATIONS[activation].value(gate) * up  # (rows, I)
         down = expert_weight(down_proj, down_scale, expert, 1, block_size).to(wide)
         rows, quantized = F.linear(inner, down), F.linear(_as_quantized(inner, ue8m0), down) if quantize else None
@@ -160,6 +163,7 @@ def experts(
     ue8m0: bool = False,
     impl: str | None = None,
     activation: str = "silu",
+    limit: float = 0.0,
     block_size: tuple[int, int] = SCALE_BLOCKS,
 ) -> torch.Tensor:
     """Sum over a token's choices of weight * down(activation(gate(x)) * up(x)), on kernels where there are any.
@@ -180,6 +184,7 @@ def experts(
         ue8m0: the scales of quantised rows are powers of two.
         impl: `"triton"`, `"cpu"` (one expert after another) or `"torch"` (the definition); by the device if not given.
         activation: of the gate, one of `op_activation.ACTIVATIONS`; kernels know those of `op_activation.FUSED`.
+        limit: if not 0, the gate goes into the activation up to it, and its factor from minus to plus it.
         block_size: rows and columns of FP8 weights that share a scale; kernels know 128 x 128.
 
     Returns (T, H) in the dtype of the tokens, differentiable in tokens, routing weights, weights that are no FP8, and
@@ -189,7 +194,7 @@ def experts(
         ValueError: if shapes or dtypes do not belong together, or kernels are asked for what they do not know.
     """
     weights = (gate_up_proj, down_proj, gate_up_scale, down_scale)
-    options = ExpertOptions(quantize, ue8m0, activation, tuple(block_size))
+    options = ExpertOptions(quantize, ue8m0, activation, float(limit), tuple(block_size))
     _check(hidden_states, topk_indices, topk_weights, weights, lora or ExpertLora(), options)
     fused = activation in FUSED and (gate_up_scale is None or options.block_size == SCALE_BLOCKS)
     if impl is None and hidden_states.device.type == "cpu":
@@ -225,6 +230,26 @@ def experts(
 # --- as a backend of Transformers' experts interface ------------------------------------------------------------------
 
 
+# Classes of Transformers with a gate of their own that is known here: which of their attributes limits it, if one does.
+_KNOWN_GATES = {
+    "BeamExperts": None,  # the default one, with a word on its precision
+    "DeepseekV4Experts": "limit",
+    "Glm5NextTextExperts": "swiglu_limit",
+    "HYV4Experts": "swiglu_limit",
+}
+
+
+def gate_of(module: torch.nn.Module) -> tuple[str | None, float] | None:
+    """Activation, a form of `op_activation` if it is one, and limit of an experts module's gate; `None` for another."""
+    kind, attribute = type(module), None
+    if kind._apply_gate.__name__ != "_default_apply_gate":
+        if not kind.__module__.startswith("transformers.models.") or kind.__name__ not in _KNOWN_GATES:
+            return None
+        attribute = _KNOWN_GATES[kind.__name__]
+    limit = 0.0 if attribute is None else float(getattr(module, attribute))
+    return activation_form(getattr(module, "act_fn", F.silu)), limit
+
+
 def why_not_ours(module: torch.nn.Module) -> str | None:
     """What of an experts module's layout or gate keeps `experts` from computing it; `None` if nothing does.
 
@@ -234,7 +259,7 @@ def why_not_ours(module: torch.nn.Module) -> str | None:
         return "the weights must be stacked as (E, 2I, H), gate rows first, and (E, H, I), without biases"
     if getattr(module, "has_post_expert_norm", False):
         return "experts with a norm of their own are not supported"
-    if type(module)._apply_gate.__name__ != "_default_apply_gate":
+    if gate_of(module) is None:
         return f"{type(module).__name__} combines gate and up in a way of its own"
     return None
 
@@ -246,7 +271,7 @@ def why_not_kernels(module: torch.nn.Module, device: torch.device) -> str | None
     reason = why_not_ours(module)
     if reason is not None:
         return reason
-    if activation_form(module.act_fn) not in FUSED:
+    if gate_of(module)[0] not in FUSED:
         return f"the activation must be one of {', '.join(FUSED)}, not {module.act_fn}"
     fp8 = getattr(module, "fp8", None)
     if fp8 is not None and tuple(fp8.block_size) != SCALE_BLOCKS:
@@ -280,7 +305,7 @@ def experts_on_kernels(
     scales = (getattr(module, f"{name}_scale_inv", None) for name in ("gate_up_proj", "down_proj"))
     inputs = (hidden_states, topk_indices, topk_weights, *weights, *scales)
     options = {"quantize": quantize, "ue8m0": fp8 is not None and fp8.ue8m0}
-    options["activation"] = activation_form(module.act_fn)
+    options["activation"], options["limit"] = gate_of(module)
     return experts(*inputs, lora=lora, **options, impl="triton")
 
 

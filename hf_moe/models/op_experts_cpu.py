@@ -98,6 +98,11 @@ def _operands(count: int, dtype: torch.dtype, weight: torch.Tensor | None = None
     return torch.promote_types(dtype, torch.float32) if few else dtype
 
 
+def _limited(gate: torch.Tensor, up: torch.Tensor, fixed: Fixed) -> tuple[torch.Tensor, torch.Tensor]:
+    limit = fixed.options.limit
+    return (gate.clamp(max=limit), up.clamp(-limit, limit)) if limit else (gate, up)
+
+
 def _keep(rows: torch.Tensor, kept: torch.Tensor | None, at: torch.Tensor) -> torch.Tensor:
     """`rows` after dropout, without its factor: that is part of the scalings."""
     return rows if kept is None else rows * kept[at]
@@ -149,7 +154,7 @@ def forward(inputs: tuple, fixed: Fixed, save: bool) -> tuple[torch.Tensor, tupl
         if save:
             pre.append(product if product.dtype == dtype and gate_up_a is None else both.to(dtype))
         del x, x_wide, product, matrix
-        gate, up = both.chunk(2, dim=-1)
+        gate, up = _limited(*both.chunk(2, dim=-1), fixed)
         inner = value(gate).mul_(up)  # (n, I)
         del both, gate, up
         matrix = _matrix(down_proj, fixed.down_scale, expert, operands, fixed, 1)
@@ -223,7 +228,7 @@ def _backward_expert(rows: _Rows, pre, grad_output: torch.Tensor, inputs: _Input
     narrow = _operands(len(slots), dtype)
     activation = ACTIVATIONS[fixed.options.activation]
     weight = rows.weights(inputs.topk_weights)  # (n, 1)
-    gate, up = pre.to(wide).chunk(2, dim=-1)
+    gate, up = _limited(*pre.to(wide).chunk(2, dim=-1), fixed)
     activated = activation.value(gate)
     inner = activated * up  # (n, I)
     sums = grad_output.index_select(0, tokens)  # (n, H)
@@ -252,6 +257,9 @@ def _backward_expert(rows: _Rows, pre, grad_output: torch.Tensor, inputs: _Input
     torch.mul(grad_inner, activated, out=grad_pre[:, half:])
     del activated
     activation.grad(grad_inner.mul_(up), gate, grad_pre[:, :half])
+    if fixed.options.limit:
+        passes = torch.cat((pre[:, :half] <= fixed.options.limit, pre[:, half:].abs() <= fixed.options.limit), 1)
+        grad_pre.mul_(passes)
     del grad_inner, gate, up
     _backward_gate_up(rows, grad_pre, inputs, fixed, grads)
 

@@ -34,7 +34,7 @@ def experts_traced(
     kept = (lora.kept_hidden, lora.kept_inner)
     numbers = (float(lora.gate_up_scaling), float(lora.down_scaling), float(lora.dropout))
     arguments = (hidden, topk_indices, topk_weights, *weights, *lora.factors, *kept, *numbers)
-    choices = (options.ue8m0, options.activation, list(options.block_size), impl)
+    choices = (options.ue8m0, options.activation, options.limit, list(options.block_size), impl)
     if with_grad:
         return _training_op(*arguments, bool(options.quantize), *choices)[0]
     return _inference_op(*arguments, options.quantize, *choices)
@@ -61,12 +61,13 @@ def _inference_op(
     quantize: bool | None,
     ue8m0: bool,
     activation: str,
+    limit: float,
     block_size: list[int],
     impl: str,
 ) -> torch.Tensor:
     factors, kept = (gate_up_a, gate_up_b, down_a, down_b), (kept_hidden, kept_inner)
     lora = ExpertLora(*factors, gate_up_scaling, down_scaling, *kept, dropout)
-    options = ExpertOptions(quantize, ue8m0, activation, tuple(block_size))
+    options = ExpertOptions(quantize, ue8m0, activation, limit, tuple(block_size))
     inputs = (hidden, topk_indices, topk_weights, (gate_up_proj, down_proj, gate_up_scale, down_scale), lora, options)
     if impl == "cpu":
         return experts_cpu_training(*inputs, with_grad=False)
@@ -99,13 +100,14 @@ def _training_op(
     quantize: bool,
     ue8m0: bool,
     activation: str,
+    limit: float,
     block_size: list[int],
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output (T, H); gate and up of the sorted rows, (rows, 2I); low-rank rows of both products, (rows, R) or empty."""
     factors, kept = (gate_up_a, gate_up_b, down_a, down_b), (kept_hidden, kept_inner)
     lora = ExpertLora(*factors, gate_up_scaling, down_scaling, *kept, dropout)
-    options = ExpertOptions(quantize, ue8m0, activation, tuple(block_size))
+    options = ExpertOptions(quantize, ue8m0, activation, limit, tuple(block_size))
     if impl == "cpu":
         fixed = fix(topk_indices, (gate_up_scale, down_scale), lora, options)
         inputs = (hidden, topk_weights, gate_up_proj, down_proj, *factors)
@@ -163,6 +165,7 @@ def _backward_op(
     dropout: float,
     needs: list[bool],
     activation: str,
+    limit: float,
     block_size: list[int],
     impl: str,
 ) -> list[torch.Tensor]:
@@ -173,7 +176,7 @@ def _backward_op(
     low = None if gate_up_a is None else low
     low_inner = None if down_a is None else low_inner
     # How rows were quantised is of no concern to their gradients.
-    options = ExpertOptions(activation=activation, block_size=tuple(block_size))
+    options = ExpertOptions(activation=activation, limit=limit, block_size=tuple(block_size))
     if impl == "cpu":
         fixed = fix(topk_indices, (gate_up_scale, down_scale), lora, options)
         inputs = (hidden, topk_weights, gate_up_proj, down_proj, *factors)
@@ -190,7 +193,7 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(grad_output, pre, low, low_inner, *arguments):
-    needs = arguments[-4]
+    needs = arguments[-5]
     inputs = (arguments[place] for place in _TRAINED)
     return [
         torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor, need in zip(inputs, needs) if need
@@ -199,13 +202,13 @@ def _(grad_output, pre, low, low_inner, *arguments):
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:13], *output[1:])
-    ctx.numbers, ctx.choices = inputs[13:16], inputs[-3:]
+    ctx.numbers, ctx.choices = inputs[13:16], inputs[-4:]
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_output, *_):
     *tensors, pre, low, low_inner = ctx.saved_tensors
-    grads = [None] * 21
+    grads = [None] * 22
     if grad_output is not None:
         places = [place for place in _TRAINED if ctx.needs_input_grad[place]]
         needs = [place in places for place in _TRAINED]

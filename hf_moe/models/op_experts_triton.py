@@ -39,6 +39,7 @@ class Plan:
     quantize: bool = False
     ue8m0: bool = False
     activation: str = "silu"
+    limit: float = 0.0
 
 
 def _rows_dtype(dtype: torch.dtype, num_slots: int, hidden: int) -> torch.dtype:
@@ -91,6 +92,7 @@ def forward(inputs: tuple, plan: Plan, save: bool) -> tuple[torch.Tensor, tuple]
         low=low,
         lora_b=gate_up_b,
         activation=plan.activation,
+        limit=plan.limit,
     )
     if down_a is not None:
         rows = _drop_sorted(inner, lora, layout.order).to(dtype)
@@ -174,6 +176,7 @@ def _backward(grad_output: torch.Tensor, inputs: tuple, plan: Plan, saved: tuple
         lora_a=down_a,
         kept=lora.kept_inner if down_a is not None else None,
         activation=plan.activation,
+        limit=plan.limit,
     )
     grad_weights = grad_weights.view_as(topk_weights).masked_fill((ids < 0) | (ids >= num_experts), 0.0)
     if needs_down:
@@ -222,7 +225,7 @@ def _grad_hidden(grad_pre, low_pre, gate_up_proj, gate_up_a, plan: Plan, layout:
 
 def make_plan(topk_indices, scales: tuple, lora: ExpertLora, options: ExpertOptions) -> Plan:
     scales = [None if scale is None else scale.contiguous() for scale in scales]
-    return Plan(topk_indices.contiguous(), *scales, lora, options.quantize, options.ue8m0, options.activation)
+    return Plan(topk_indices.contiguous(), *scales, lora, *options[:4])
 
 
 def contiguous_inputs(hidden, topk_weights, gate_up_proj, down_proj, lora: ExpertLora) -> tuple:

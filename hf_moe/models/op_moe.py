@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .op_activation import ACTIVATIONS, activation_form
+from .op_activation import ACTIVATIONS
 from .op_custom import opaque
 from .op_expert_lora import ExpertLora
 from .op_expert_options import SCALE_BLOCKS
 from .op_experts import (
     TRITON_BACKEND_NAME,
     experts_on_kernels,
+    gate_of,
     why_not_kernels,
     why_not_ours,
 )
@@ -338,9 +339,11 @@ def experts_forward(
     if getattr(experts, "fp8", None) is not None or lora is not None:
         return _our_experts_forward(experts, hidden_states, topk_indices, topk_weights, lora)
     backend = choose_backend(hidden_states.device, experts.down_proj.dtype, topk_indices.numel())
-    compiling = torch.compiler.is_compiling()
-    if backend == "cpu" and (why_not_ours(experts) or (compiling and activation_form(experts.act_fn) is None)):
-        backend = "grouped_mm"
+    if backend == "cpu":
+        # Activations that have no form are computed one by one, in no graph and without limits.
+        form, limit = gate_of(experts) or (None, 0.0)
+        if why_not_ours(experts) or (form is None and (limit or torch.compiler.is_compiling())):
+            backend = "grouped_mm"
     if backend != "cpu":
         return ALL_EXPERTS_FUNCTIONS[backend](experts, hidden_states, topk_indices, topk_weights)
     return _our_experts_forward(experts, hidden_states, topk_indices, topk_weights)
@@ -350,10 +353,11 @@ def _our_experts_forward(
     experts, hidden_states, topk_indices, topk_weights, lora: ExpertLora | None = None
 ) -> torch.Tensor:
     """Experts of our layout in the forms for the CPU, of which those for FP8 and for LoRA run anywhere."""
-    fp8, form, device = getattr(experts, "fp8", None), activation_form(experts.act_fn), hidden_states.device.type
+    fp8, device = getattr(experts, "fp8", None), hidden_states.device.type
+    form, limit = gate_of(experts)
     weights = (experts.gate_up_proj, experts.down_proj)
-    trained = lora is not None or _takes_gradient(hidden_states, topk_weights, *weights)
-    if torch.is_autocast_enabled(device) and (fp8 is not None or trained):
+    in_one_form = lora is not None or limit or _takes_gradient(hidden_states, topk_weights, *weights)
+    if torch.is_autocast_enabled(device) and (fp8 is not None or in_one_form):
         hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
     elif fp8 is None:
         hidden_states = hidden_states.to(experts.down_proj.dtype)  # autocast leaves a float32 norm output here
@@ -365,10 +369,10 @@ def _our_experts_forward(
             return experts.define(hidden_states, topk_indices, topk_weights, lora)
         if torch.compiler.is_compiling():
             raise ValueError(f"FP8 experts with the activation {experts.act_fn} cannot be part of a compiled graph")
-    elif trained:
+    elif in_one_form:
         ue8m0, block_size = (False, SCALE_BLOCKS) if fp8 is None else (fp8.ue8m0, fp8.block_size)
-        options = {"quantize": quantize, "ue8m0": ue8m0, "activation": form, "block_size": block_size}
-        return trained_experts(*inputs, *scales, lora, **options, impl="cpu")
+        options = {"quantize": quantize, "ue8m0": ue8m0, "activation": form, "limit": limit}
+        return trained_experts(*inputs, *scales, lora, **options, block_size=block_size, impl="cpu")
     if not torch.compiler.is_compiling():
         return experts_cpu(*inputs, experts.act_fn, None if fp8 is None else Fp8Experts(*scales, fp8, quantize))
     block_size, ue8m0 = ([], False) if fp8 is None else (list(fp8.block_size), fp8.ue8m0)

@@ -125,7 +125,7 @@ def test_two_graphs_serve_every_number_of_tokens(training):
 def test_operators_keep_the_rules(weights, impl):
     case = make_case(Shape(9, 4, 2), 136, 72, **WEIGHTS[weights])
     lora = case.lora or ExpertLora()
-    numbers = (0.5, 0.75, 0.0, False, False, "silu", [128, 128])
+    numbers = (0.5, 0.75, 0.0, False, False, "silu", 0.0, [128, 128])
     arguments = [*case.arguments()[:7], *lora.factors, None, None, *numbers, impl]
     tests = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if weights == "plain":

@@ -8,6 +8,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_moe.models import op_experts, op_experts_triton
 from hf_moe.models.kernel_routing import build_layout, most_tiles
+from hf_moe.models.op_activation import FUSED
 from hf_moe.models.op_expert_lora import ExpertLora
 from hf_moe.models.op_experts import TRITON_BACKEND_NAME, expert_weight, experts, experts_torch
 from hf_moe.models.op_quant import dequantize_rows, quantize_rows
@@ -26,10 +27,10 @@ def format_of(dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')}_experts"
 
 
-def compare(case, impl="triton"):
+def compare(case, impl="triton", **options):
     """Output and gradients against those of the definition, which has the same inputs and rounds nothing."""
-    expected = run_with_gradients(experts_torch, case.widened())
-    actual = run_with_gradients(lambda *arguments: experts(*arguments, impl=impl), case)
+    expected = run_with_gradients(lambda *arguments: experts_torch(*arguments, **options), case.widened())
+    actual = run_with_gradients(lambda *arguments: experts(*arguments, impl=impl, **options), case)
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         assert_close(name, actual[name], tensor, format_of(case.hidden_states.dtype))
@@ -90,6 +91,63 @@ def test_cpu_form_with_lora(weights, dropout, lora_on, poisoned):
     compare(case, "cpu")
     with torch.no_grad():
         assert_close("output", experts(*case.arguments()), experts_torch(*case.arguments()), "float32")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("weights", ["plain", "fp8"])
+@pytest.mark.parametrize(
+    "shape", [Shape(1, 8, 2), Shape(3, 4, 2), Shape(130, 2, 1, "empty"), Shape(400, 4, 2)], ids=str
+)
+def test_cpu_form_with_lora_in_bfloat16(shape, weights, dropout, poisoned):
+    compare(make_case(shape, 264, 136, torch.bfloat16, weights, 16, dropout), "cpu")
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+GATES = [*({"activation": name} for name in FUSED[1:]), {"limit": 0.75}, {"activation": "gelu_tanh", "limit": 0.25}]
+
+
+def test_definition_of_a_limited_gate():
+    case = make_case(Shape(9, 4, 2), 24, 12, torch.float64)
+    expected = torch.zeros_like(case.hidden_states)
+    for token, ids in enumerate(case.topk_indices.tolist()):
+        for choice, expert in enumerate(ids):
+            gate, up = (case.gate_up_proj[expert] @ case.hidden_states[token]).chunk(2)
+            gate, up = gate.minimum(torch.tensor(0.5)), up.maximum(torch.tensor(-0.5)).minimum(torch.tensor(0.5))
+            inner = gate / 2 * (1 + torch.erf(gate / 2**0.5)) * up
+            expected[token] += case.topk_weights[token, choice] * (case.down_proj[expert] @ inner)
+    output = experts(*case.arguments(), activation="gelu", limit=0.5, impl="torch")
+    assert_close("output", output, expected, "float64")
+
+
+@pytest.mark.parametrize("impl", ["cpu", pytest.param("triton", marks=interpreted)])
+@pytest.mark.parametrize("weights, rank", [("plain", 4), ("fp8", 0)], ids=["plain_lora", "fp8"])
+@pytest.mark.parametrize("gate", GATES, ids=lambda gate: "-".join(map(str, gate.values())))
+def test_gates(gate, weights, rank, impl, poisoned):
+    hidden, inter = (136, 72) if weights == "fp8" else (40, 24)
+    compare(make_case(Shape(20, 4, 2, "skipped"), hidden, inter, torch.float32, weights, rank), impl, **gate)
+
+
+@interpreted
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])  # the derivatives of others jump where a sum is rounded
+def test_activations_in_bfloat16(activation):
+    compare(make_case(Shape(60, 3, 2), 72, 40, torch.bfloat16, "plain", 16), activation=activation)
+
+
+@pytest.mark.parametrize("impl", ["cpu", pytest.param("triton", marks=interpreted)])
+def test_activations_far_from_zero_are_finite(impl):
+    case = make_case(Shape(3, 2, 1), 24, 16)
+    case.gate_up_proj *= 1e4
+    for activation in FUSED:
+        compare(case, impl, activation=activation)
+
+
+def test_what_the_kernels_do_not_know_is_an_error():
+    case = make_case(Shape(3, 2, 1), 24, 16)
+    with pytest.raises(ValueError, match="no activation 'swiglu'"):
+        experts(*case.arguments(), activation="swiglu")
+    with pytest.raises(ValueError, match="the kernels know the activations silu, .* not mish"):
+        experts(*case.arguments(), activation="mish", impl="triton")
 
 
 # --- routing ----------------------------------------------------------------------------------------------------------
@@ -337,11 +395,11 @@ def test_the_backend_says_what_it_cannot_compute(change):
     if change == "transposed":
         module.is_transposed = True
     elif change == "activation":
-        module.act_fn = torch.nn.GELU()
+        module.act_fn = torch.nn.Tanh()
     else:
         module.double()
     hidden = torch.randn(3, module.hidden_dim, dtype=module.down_proj.dtype)
-    message = {"transposed": "stacked as", "activation": "silu", "float64": "torch.float64"}[change]
+    message = {"transposed": "stacked as", "activation": "one of silu, gelu", "float64": "torch.float64"}[change]
     with pytest.raises(ValueError, match=f"{TRITON_BACKEND_NAME}.*{message}"):
         module(hidden, torch.zeros(3, 2, dtype=torch.long), torch.ones(3, 2))
 
