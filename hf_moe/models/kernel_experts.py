@@ -325,6 +325,8 @@ def gate_up_kernel(
 ):
     HALF: tl.constexpr = BLOCK_N // 2
     PAIR: tl.constexpr = X_FP8 and BLOCK_N == 2 * _SCALE_BLOCK
+    # What computes more than SiLU does it in pieces where a tile's sums leave it few registers.
+    IN_PIECES: tl.constexpr = PAIR or (BLOCK_N == 2 * _SCALE_BLOCK and (ACTIVATION != "silu" or LIMIT > 0))
     GRID_K: tl.constexpr = (H + _SCALE_BLOCK - 1) // _SCALE_BLOCK
     GRID_N: tl.constexpr = (I + _SCALE_BLOCK - 1) // _SCALE_BLOCK
     tiles_m = tl.load(num_tiles_ptr)
@@ -390,7 +392,7 @@ def gate_up_kernel(
             gate, up = halves(acc, BLOCK_M, HALF)
         place = (m, tiles_ptr, offsets_ptr, order_ptr, max_tiles)
         outs = (out_ptr, pre_ptr)
-        finish_gate_up(gate, up, n * HALF, place, outs, I, SAVE_PRE, ACTIVATION, LIMIT, BLOCK_M, HALF, PAIR)
+        finish_gate_up(gate, up, n * HALF, place, outs, I, SAVE_PRE, ACTIVATION, LIMIT, BLOCK_M, HALF, IN_PIECES)
 
 
 @jit
@@ -565,7 +567,8 @@ def gate_up(
     kind = weight_kind(weight)
     capability = compute_capability(device)
     tile = product_tile(layout.block_m, hidden_states.dtype, kind, capability)
-    if x_scale is not None and tile.block_m == 128 and capability[0] == 9 and hidden_states.numel() < 1 << 31:
+    fits = activation == "silu" and not limit and hidden_states.numel() < 1 << 31
+    if x_scale is not None and tile.block_m == 128 and capability[0] == 9 and fits:
         tile = tile._replace(block_n=2 * SCALE_BLOCK)  # see `product_pair`
     out = torch.empty(tokens * top_k, inter, dtype=out_dtype, device=device)
     pre = None if pre_dtype is None else torch.empty(tokens * top_k, 2 * inter, dtype=pre_dtype, device=device)
