@@ -45,7 +45,7 @@ def can_run_kernels() -> bool:
     import triton
 
     release = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return release >= (3, 7) or tuple(int(part) for part in numpy.__version__.split(".")[:2]) < (2, 5)
+    return release >= (3, 7) or tuple(int(part) for part in numpy.__version__.split(".")[:2]) < (2, 4)
 
 
 def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, fmt: str) -> None:
