@@ -87,7 +87,7 @@ class Launch:
             "grid": self.grid,
             **usage,
             "shared": compiled.metadata.shared,
-            "wgmma": "wgmma.mma_async" in ptx,
+            "wgmma": ptx.count("wgmma.mma_async"),
             "fp8_wgmma": bool(re.search(r"wgmma\.mma_async\S*\.e4m3\.e4m3", ptx)),
             "tcgen05": "tcgen05.mma" in ptx,
             "mma": bool(re.search(r"\bmma\.sync", ptx)),
@@ -97,7 +97,7 @@ class Launch:
 
 
 def register_usage(ptx: str, capability: int) -> dict:
-    """Registers and spilled bytes, as ptxas reports them."""
+    """Registers, spilled bytes and whether products wait for one another, as ptxas reports them."""
     target = re.search(r"\.target (\w+)", ptx).group(1)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
@@ -105,7 +105,10 @@ def register_usage(ptx: str, capability: int) -> dict:
         command = [get_ptxas(capability).path, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups()
-    return {"registers": int(re.search(r"Used (\d+) registers", report).group(1)), "spills": int(stores) + int(loads)}
+    registers = int(re.search(r"Used (\d+) registers", report).group(1))
+    # Products that wait for one another, since something else writes registers that they add to.
+    serialized = "wgmma.mma_async instructions are serialized" in report
+    return {"registers": registers, "spills": int(stores) + int(loads), "serialized": serialized}
 
 
 @contextlib.contextmanager

@@ -58,6 +58,10 @@ def test_nothing_spills(compiled):
     assert not spilling
 
 
+def test_products_do_not_wait_for_one_another(compiled):
+    assert not [describe(launch) for launch in compiled if launch["serialized"]]
+
+
 def test_shared_memory_and_registers_fit(compiled):
     for launch in compiled:
         assert launch["shared"] <= SHARED_MEMORY[launch["capability"]], describe(launch)

@@ -159,7 +159,7 @@ def mla_prefill_kernel(
         return
     if HAS_MASK:
         real_ptr += batch * real_batch
-        begin, end = masked_range(real_ptr, 1, 0, begin, end, False, SCAN)
+        begin, end, _ = masked_range(real_ptr, 1, 0, begin, end, False, SCAN)
 
     n, p, v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_V)
     wide_rows = rows.to(tl.int64)[:, None]

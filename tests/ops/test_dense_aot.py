@@ -28,11 +28,8 @@ def test_every_launch_fits(compiled):
     capability, launches = compiled
     assert len(launches) >= (15 if capability == 80 else 25)
     for launch in launches:
-        constants = launch["constants"]
-        whole = launch["kernel"] == "mla_decode_kernel" and constants["BLOCK_M"] == 64 and not constants["IS_SPLIT"]
-        # One register, stored and loaded: 64 rows with a mask, when the context is not split.
-        allowed = 8 if whole and constants["HAS_MASK"] and capability == 90 else 0
-        assert launch["spills"] <= allowed, launch
+        assert launch["spills"] == 0, launch
+        assert not launch["serialized"], launch
         assert launch["registers"] <= 255 and launch["shared"] <= SHARED_MEMORY[capability], launch
 
 
@@ -63,6 +60,8 @@ def test_attention_uses_the_tensor_cores_and_copies_ahead(compiled):
         wide = launch["constants"]["BLOCK_M"] == 64
         assert launch[{80: "mma", 90: "wgmma", 100: "tcgen05"}[capability] if wide else "mma"], launch
         assert launch["async_copy"], launch
+        if wide and capability == 90:  # half of a step's scores for each group of warps, 576 / 16 products of 64 x 16
+            assert launch["wgmma"] <= 36 + 2, launch
     assert any(launch["constants"]["BLOCK_M"] == 64 for launch in attention)
 
 
