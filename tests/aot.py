@@ -42,11 +42,33 @@ TYPES = {
 }
 
 
+RUN = JITFunction.run
+
+
+class StandInDriver:
+    """Says which GPU there would be."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
 class Launch:
     """One recorded launch: the kernel with everything that compiling it depends on."""
 
     def __init__(self, kernel: JITFunction, grid: tuple, args: tuple, kwargs: dict):
-        self.kernel, self.grid = kernel, grid
+        self.kernel, self.grid, self.call = kernel, grid, (args, dict(kwargs))
         self.options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
         named = dict(zip(kernel.arg_names, args)) | kwargs
         missing = set(kernel.arg_names) - set(named)
@@ -93,6 +115,26 @@ class Launch:
             "mma": bool(re.search(r"\bmma\.sync", ptx)),
             "async_copy": "cp.async" in ptx,
             "seconds": round(time.monotonic() - start, 2),
+        }
+
+    def warm(self, capability: int) -> dict:
+        """Compiles what the same launch will look for in Triton's cache on a GPU; what a program of it takes there."""
+        triton.runtime.driver.set_active(StandInDriver(capability))
+        args, kwargs = self.call
+        compiled = RUN(self.kernel, *args, grid=self.grid, warmup=True, **kwargs)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        return {
+            "kernel": self.kernel.__name__,
+            "grid": self.grid,
+            "registers": registers,
+            "stack": stack,
+            "shared": compiled.metadata.shared,
+            "warps": compiled.metadata.num_warps,
         }
 
 

@@ -2,6 +2,7 @@
 becomes of a case that fails.
 """
 
+import random
 import time
 from collections.abc import Callable, Sequence
 
@@ -27,8 +28,32 @@ def copies_beyond_cache(nbytes: int, limit: int = 64) -> int:
 def seconds_per_call(calls: Sequence[Callable[[], object]], device: str, repeats: int = 5) -> float:
     """Median seconds of one of `calls`, which are made in their order: on a GPU in a graph, so that launching is not
     what is measured."""
+    return seconds_of_each({"calls": calls}, device, repeats)["calls"]
+
+
+def seconds_of_each(
+    forms: dict[str, Sequence[Callable[[], object]]], device: str, repeats: int = 5
+) -> dict[str, float]:
+    """Median seconds of a call of each form, as in `seconds_per_call`; they take turns, in a new order each time."""
+    wait = (lambda: None) if device == "cpu" else torch.cuda.synchronize
+    runs = {name: _as_one(calls, device) for name, calls in forms.items()}
+    seconds, order, shuffler = {name: [] for name in runs}, list(runs), random.Random(0)
+    for turn in range(repeats + 1):
+        shuffler.shuffle(order)
+        for name in order:
+            wait()
+            start = time.perf_counter()
+            runs[name]()
+            wait()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: sorted(values)[len(values) // 2] / len(forms[name]) for name, values in seconds.items()}
+
+
+def _as_one(calls: Sequence[Callable[[], object]], device: str) -> Callable[[], object]:
+    """All calls, on a GPU as one graph."""
     if device == "cpu":
-        return _median(lambda: [call() for call in calls], repeats, lambda: None) / len(calls)
+        return lambda: [call() for call in calls]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles kernels and sets up libraries
@@ -39,19 +64,7 @@ def seconds_per_call(calls: Sequence[Callable[[], object]], device: str, repeats
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return _median(graph.replay, repeats, torch.cuda.synchronize) / len(calls)
-
-
-def _median(run: Callable[[], object], repeats: int, wait: Callable[[], None]) -> float:
-    seconds = []
-    for turn in range(repeats + 1):
-        wait()
-        start = time.perf_counter()
-        run()
-        wait()
-        if turn:
-            seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[len(seconds) // 2]
+    return graph.replay
 
 
 def copy_bandwidth(device: str, megabytes: int = 1024) -> float:

@@ -30,7 +30,7 @@ import torch
 
 from .kernel_activation import activate, limit_gate
 from .kernel_routing import Layout
-from .kernel_tiles import FP8, FP8_BITS, PLAIN, SCALE_BLOCK, Tile, product_tile
+from .kernel_tiles import FP8, FP8_BITS, PLAIN, SCALE_BLOCK, Tile, chosen, product_tile
 from .triton_compat import (
     INTERPRETING,
     cdiv,
@@ -573,6 +573,7 @@ def gate_up(
     fits = activation == "silu" and not limit and hidden_states.numel() < 1 << 31
     if x_scale is not None and tile.block_m == 128 and capability[0] == 9 and fits:
         tile = tile._replace(block_n=2 * SCALE_BLOCK)  # see `product_pair`
+    tile = chosen("gate_up", tile)
     out = torch.empty(tokens * top_k, inter, dtype=out_dtype, device=device)
     pre = None if pre_dtype is None else torch.empty(tokens * top_k, 2 * inter, dtype=pre_dtype, device=device)
     grid, options = launch_options(tile, layout, 2 * inter, device)
@@ -637,6 +638,7 @@ def multiply_rows(
     if out_features <= 64:
         tile = tile._replace(block_n=max(16, next_power_of_2(out_features)), block_k=min(tile.block_k, 64))
         tile = tile._replace(warps=4 if tile.block_m <= 64 else tile.warps)
+    tile = chosen("rows", tile)
     if kind == PLAIN or inner % (parts * SCALE_BLOCK) == 0:
         parts = 1  # one piece, or its blocks follow one another
     out = torch.empty(layout.order.numel(), out_features, dtype=out_dtype, device=device)

@@ -33,7 +33,7 @@ from .kernel_experts import (
     weight_options,
 )
 from .kernel_routing import Layout
-from .kernel_tiles import product_tile
+from .kernel_tiles import chosen, product_tile
 from .triton_compat import cdiv, compute_capability, dot, jit, jit_for_any, narrow, next_power_of_2, tl
 
 
@@ -254,6 +254,7 @@ def inner_grad(
         tile = tile._replace(block_n=128)
     if compute_capability(device)[0] >= 10 and tile.block_m == 64:
         tile = tile._replace(block_n=64)
+    tile = chosen("inner_grad", tile)
     grad_pre = torch.empty_like(pre)
     inner = pre.new_empty(slots, inter) if save_inner else None
     shares = torch.empty(slots, cdiv(inter, tile.block_n), dtype=torch.float32, device=device)
@@ -313,7 +314,7 @@ def sum_outer(
     num_experts = layout.offsets.numel() - 1
     left_size, right_size = left.shape[1], right.shape[1]
     out = torch.empty(num_experts, left_size, right_size, dtype=out_dtype, device=left.device)
-    options = outer_tile(left_size, right_size, left.dtype)
+    options = chosen("outer", outer_tile(left_size, right_size, left.dtype))
     grid = (cdiv(left_size, options["BLOCK_M"]) * cdiv(right_size, options["BLOCK_N"]), num_experts)
     outer_kernel[grid](
         left,

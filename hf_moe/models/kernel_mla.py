@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from .kernel_tiles import chosen
 from .triton_compat import (
     INTERPRETING,
     cdiv,
@@ -264,9 +265,9 @@ def mla_decode(
         return out
     latent, key_rope = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (latent, key_rope))
     per_query = mask is not None and mask.shape[1] > 1
-    tile = mla_tile(num_rows, compute_capability(device), per_query)
+    tile = chosen("mla_decode", mla_tile(num_rows, compute_capability(device), per_query))
     blocks = cdiv(num_rows, tile.block_m)
-    splits = split_count(context, batch * blocks, num_processors(device), tile.block_n)
+    splits = chosen("mla_splits", split_count(context, batch * blocks, num_processors(device), tile.block_n))
     length = cdiv(cdiv(context, splits), tile.block_n) * tile.block_n
     splits = cdiv(context, length)
     target, weight = out, None

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from .kernel_mla import masked_range
+from .kernel_tiles import chosen
 from .triton_compat import (
     INTERPRETING,
     cdiv,
@@ -249,7 +250,7 @@ def mla_prefill(
     )
     if real is not None and real.stride(-1) != 1:
         real = real.contiguous()
-    tile = prefill_tile(queries, compute_capability(query.device))
+    tile = chosen("mla_prefill", prefill_tile(queries, compute_capability(query.device)))
     mla_prefill_kernel[(cdiv(queries, tile.block_m), heads, batch)](
         query,
         query_rope,
