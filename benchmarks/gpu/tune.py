@@ -63,7 +63,8 @@ class Attempt(NamedTuple):
 
 def attempts(case: Case, most: int | None) -> list[Attempt]:
     """The shipped tile, and then the candidates."""
-    return [Attempt(case, choices, {}) for choices in [{}, *case.candidates][: most and most + 1]]
+    candidates = case.candidates if most is None else case.candidates[:most]
+    return [Attempt(case, choices, {}) for choices in [{}, *candidates]]
 
 
 def compile_attempt(dry: bool, place: int, number: int, capability: int, processors: int) -> list[dict]:
@@ -100,6 +101,11 @@ class Compiler:
         key = (chosen.case.place if self.by_place else chosen.case.kernel, str(chosen.choices))
         return self.futures[key].result()
 
+    def largest(self, chosen: Attempt) -> dict:
+        """What a program of the largest launch takes."""
+        launch = max(self.result(chosen), key=lambda launch: launch["shared"])
+        return {name: launch[name] for name in ("registers", "stack", "shared")}
+
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
@@ -114,12 +120,13 @@ def try_case(case: Case, compiler: Compiler | None, bandwidth: float, most: int 
     tried, forms, entries, reference = attempts(case, most), {}, [], None
     for number, chosen in enumerate(tried):
         entry = {"number": number}
-        usage = [] if compiler is None else attempt(lambda chosen=chosen: {"usage": compiler.result(chosen)})
-        entry |= {"failed": usage["failed"]} if "failed" in usage else {}
-        largest = max((launch["shared"] for launch in usage["usage"]), default=0) if "usage" in usage else 0
-        if largest and largest > limit_of_shared_memory():
-            entry["left out"] = f"{largest} bytes of shared memory"
-        elif "failed" not in entry:
+        if compiler is not None:
+            entry |= attempt(lambda chosen=chosen: compiler.largest(chosen))
+        if "failed" in entry:  # then it is compiled here, or fails once more
+            entry["not compiled ahead"] = entry.pop("failed")
+        if entry.get("shared", 0) > limit_of_shared_memory():
+            entry["left out"] = "needs more shared memory than there is"
+        else:
             entry |= attempt(lambda chosen=chosen: {"output": chosen.call(lambda: problem.launch(chosen.choices))})
         output = entry.pop("output", None)
         entry |= chosen.described()
@@ -239,6 +246,8 @@ def main() -> None:
             for row in new:
                 failed |= "failed" in row
                 show(row)
+            if not args.static:
+                torch.cuda.empty_cache()
             if args.out or not args.static:
                 save(name, rows + best_pairs(rows), device, args.out, **facts)
     finally:
