@@ -81,4 +81,4 @@ def test_what_the_compiler_says_of_a_launch(tmp_path):
     assert shipped["shipped"] and not candidate["shipped"] and shipped["taken"] != candidate["taken"]
     # Twice 64 heads, 64 parts of the context: at most one program on each of 132 multiprocessors.
     assert (shipped["programs"], shipped["per processor"], shipped["waves"]) == (128, 1, 128 / 132)
-    assert shipped["stack"] == 0 and shipped["KB in flight"] == 72
+    assert shipped["stack"] == 0 and shipped["KB in flight"] == 72 * 128 / 132
