@@ -1,7 +1,8 @@
 """The experts' kernels at the layer shapes of released models, against Transformers' backends and what the GPU can do.
 
 Every row gives the time, the share of the measured copy bandwidth at which the touched experts' weights are read, and
-the share of the measured dense bfloat16 rate, and the time of each kernel as the profiler has it. A case is checked
+the share of the measured dense bfloat16 rate, the share of what both allow together (quantised products count as twice
+as fast), rows multiplied for one real row, and the time of each kernel as the profiler has it. A case is checked
 against the definition on a few of its tokens before it is timed; one that fails leaves its error in its row. Experts
 that do not fit into memory are halved in number, which the row says.
 
@@ -23,9 +24,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 from common import save  # noqa: E402
+from occupancy import padded_rows  # noqa: E402
 from timing import attempt, copy_bandwidth  # noqa: E402
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 
+from hf_moe.models.kernel_tiles import tile_rows  # noqa: E402
 from hf_moe.models.op_expert_lora import ExpertLora  # noqa: E402
 from hf_moe.models.op_experts import experts, experts_torch  # noqa: E402
 from hf_moe.models.triton_compat import converts_fp8  # noqa: E402
@@ -173,7 +176,12 @@ class Case:
         call = lambda: self.call(quantize)  # noqa: E731
         ms, graph_ms = time_ms(call), time_ms(graphed(call))
         size = self.touched * sum(weight[0].numel() * weight.element_size() for weight in self.arguments[3:5])
-        rate = 6 * self.tokens * self.top_k * self.hidden * self.inter / (graph_ms * 1e-3)
+        flops = 6 * self.tokens * self.top_k * self.hidden * self.inter
+        rate = flops / (graph_ms * 1e-3)
+        least = max(size / peak["copy bytes/s"], flops / peak["dense bf16 FLOP/s"] / (2 if quantize else 1))
+        hidden, ids, *_ = self.arguments
+        num_experts = self.arguments[3].shape[0]
+        block_m = tile_rows(ids.numel(), num_experts, hidden.dtype)
         return {
             "touched": self.touched,
             "ms": ms,
@@ -182,6 +190,8 @@ class Case:
             "share of copy bandwidth": size / (graph_ms * 1e-3) / peak["copy bytes/s"],
             "TFLOP/s": rate / 1e12,
             "share of dense bf16": rate / peak["dense bf16 FLOP/s"],
+            "share of both": least / (graph_ms * 1e-3),
+            "padded rows": padded_rows(ids.cpu(), num_experts, block_m),
             "kernel us": attempt(lambda: kernel_us(call)),
         }
 
