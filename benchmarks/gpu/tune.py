@@ -142,7 +142,7 @@ def try_case(case: Case, compiler: Compiler | None, bandwidth: float, most: int 
             continue
         del output
         calls = [lambda c=chosen, n=n: c.call(lambda: problem.launch(c.choices, n)) for n in range(problem.copies)]
-        forms[number] = calls * problem.repeats
+        forms[number] = calls * (problem.repeats if compiler else 1)
     del reference
     seconds = seconds_of_each(forms, "cuda", REPEATS if compiler else 1)
     for number, value in seconds.items():

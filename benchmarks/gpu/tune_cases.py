@@ -163,13 +163,13 @@ LATER += [("step3", tokens, "w8a16") for tokens in (1, 64)] + [("step3", tokens,
 LATER += [("step3", tokens, "bf16") for tokens in (4096, 8192, 1)]
 LATER += [("kimi_k2", tokens, "w8a16") for tokens in (1, 64)] + [("kimi_k2", 8192, "w8a8"), ("kimi_k2", 8192, "bf16")]
 LATER += [("deepseek_v3", 1024, kind) for kind in ("w8a16", "bf16")] + [("deepseek_v3", 4096, "w8a16")]
+DRY_LAYERS = [("deepseek_v3", 1, "w8a16"), ("deepseek_v3", 20, "w8a8"), ("deepseek_v3", 20, "bf16")]
 
 
 def expert_cases(layers: list, dry: bool) -> list[dict]:
     cases = []
     for model, tokens, kind in layers:
         sizes = (DRY_MODELS if dry else MODELS)[model]
-        tokens = min(tokens, 20) if dry else tokens
         mean = tokens * sizes[3] / sizes[0]
         for part in ("gate_up", "rows"):
             label = {"family": "experts", "model": model, "tokens": tokens, "kind": kind, "part": part}
@@ -376,6 +376,7 @@ def all_cases(dry: bool) -> list[Case]:
     linear = linear_cases(dry)
     few = [case for case in linear if case["label"]["rows"] <= 64]
     many = [case for case in linear if case not in few]
-    cases = expert_cases(LAYERS_IN_ORDER[:11], dry) + mla_cases(dry) + prefill_cases(dry) + few
-    cases += expert_cases(LATER, dry) + backward_cases(dry) + many
+    first, later = (DRY_LAYERS, []) if dry else (LAYERS_IN_ORDER, LATER)
+    cases = expert_cases(first, dry) + mla_cases(dry) + prefill_cases(dry) + few
+    cases += expert_cases(later, dry) + backward_cases(dry) + many
     return [Case(place, **case) for place, case in enumerate(cases)]
