@@ -40,7 +40,7 @@ MODELS = {
     "step3": (48, 7168, 5120, 3),
     "longcat_flash": (512, 6144, 2048, 12),
 }
-TOKENS = (1, 4, 16, 64, 4096, 8192)
+TOKENS = (1, 4, 16, 64, 4096, 8192, 16384)
 # Sizes at which the script itself can be tried anywhere.
 DRY_MODELS = {
     "deepseek_v3": (8, 256, 128, 2),
