@@ -39,6 +39,9 @@ def by_definition(query, query_rope, latent, key_rope, mask, scaling):
 SIZES = [(1, 1, 3, 5, 24, 4), (2, 1, 16, 200, 128, 16), (1, 3, 20, 330, 64, 8), (2, 2, 70, 97, 32, 16)]
 
 
+FORMS = ["none", "causal", "padded", "static", "scattered", "one for all queries", "one with holes"]
+
+
 def masks(batch, queries, context):
     last = torch.ones(queries, context, dtype=torch.bool).tril(context - queries)
     padded = last.expand(batch, -1, -1).clone()
@@ -49,11 +52,14 @@ def masks(batch, queries, context):
     scattered[..., -1] = True
     forms = {"none": None, "causal": last.unsqueeze(0), "padded": padded, "static": free, "scattered": scattered}
     forms["one for all queries"] = padded[:, -1:]
+    forms["one with holes"] = scattered[:, -1:]
     return {name: mask if mask is None else mask.to(DEVICE) for name, mask in forms.items()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", ["none", "causal", "padded", "static", "scattered", "one for all queries"])
+@pytest.mark.parametrize(
+    "form", ["none", "causal", "padded", "static", "scattered", "one for all queries", "one with holes"]
+)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_decode_against_float64(sizes, form, dtype, poisoned):
     batch, queries, _, context, *_ = sizes
@@ -80,12 +86,16 @@ def test_front_of_a_longer_buffer_and_large_scores():
     assert_close("attended", mla_decode(*tensors, None, 1.0), by_definition(*tensors, None, 1.0), FORMAT[query.dtype])
 
 
-def test_a_query_that_attends_to_nothing_gets_zeros():
-    tensors = inputs(2, 1, 4, 150, 32, 16, torch.bfloat16)
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("heads", [4, 70])
+def test_a_query_that_attends_to_nothing_gets_zeros(heads, splits, monkeypatch, poisoned):
+    monkeypatch.setattr(kernel_mla, "split_count", lambda *_: splits)
+    tensors = inputs(2, 1, heads, 150, 24, 16, torch.bfloat16)
     mask = torch.ones(2, 1, 150, dtype=torch.bool, device=DEVICE)
-    mask[1] = False
+    mask[0, :, 3:60] = mask[1] = False
     output = mla_decode(*tensors, mask, 0.2)
-    assert output[1].eq(0).all() and output[0].isfinite().all()
+    assert output[1].eq(0).all()
+    assert_close("attended", output[:1], by_definition(*(t[:1] for t in tensors), mask[:1], 0.2), "bfloat16")
 
 
 @pytest.mark.parametrize(
