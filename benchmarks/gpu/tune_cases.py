@@ -292,7 +292,7 @@ def linear_cases(dry: bool) -> list[dict]:
                 if rows <= 16:
                     tiles = [FEW[0], FEW[1], FEW[2], FEW[4]]
                 elif rows <= 128:
-                    tiles = [(64, 64, 128, 4, 4, 2), (64, 128, 128, 4, 3, 2), (16, 64, 128, 4, 4, 0)]
+                    tiles = [(64, 64, 128, 4, 4, 2), (64, 128, 64, 4, 4, 2), (16, 64, 128, 4, 4, 0)]
                 else:
                     tiles = QUANTIZED[:5] if kind == "w8a8" else WIDENED
                 candidates = [{"linear": Tile(*tile)} for tile in tiles]

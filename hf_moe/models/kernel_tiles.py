@@ -71,7 +71,9 @@ def product_tile(block_m: int, dtype: torch.dtype, weight: int, capability: tupl
         stages = 2 if small_memory else 3  # a step spans a block of scales
         return Tile(64, 128, 128, 4, stages, 2) if block_m == 64 else Tile(128, 128, 128, 8, stages, 1)
     if weight != PLAIN:
-        return Tile(64, 128, 64, 4, 3, 2) if block_m == 64 else Tile(128, 128, 64, 8, 3, 1)
+        if block_m == 64:  # so few rows wait for weights: where there is room for it, 64 KiB of them are coming
+            return Tile(64, 128, 128 if capability[0] in (9, 10) else 64, 4, 3, 2)
+        return Tile(128, 128, 64, 8, 3, 1)
     if block_m == 64:
         return Tile(64, 128, 64, 8 if capability[0] == 8 else 4, 3, 2)
     if capability[0] == 8 or small_memory:
