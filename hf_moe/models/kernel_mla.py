@@ -107,6 +107,27 @@ def mask_scores(scores, token, end, mask_ptr, mask_rows, HAS_MASK: tl.constexpr,
     return tl.where(allowed, scores, float("-inf"))
 
 
+@jit
+def store_nothing(
+    out_ptr,
+    weight_ptr,
+    first,
+    count,
+    R: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Zeros, and the weight of nothing, for up to `count` rows. With addresses of its own: those of the results would
+    wait in registers during the products."""
+    element = tl.arange(0, BLOCK_M * BLOCK_R)
+    nothing = tl.zeros_like(element).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + first * R + element, nothing, mask=element < tl.minimum(count, BLOCK_M) * R)
+    if IS_SPLIT:
+        row = tl.arange(0, BLOCK_M)
+        tl.store(weight_ptr + first + row, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask=row < count)
+
+
 @jit_for_any("context", "split_length", "mask_batch", "mask_query")
 def mla_decode_kernel(
     query_ptr,  # (B, M, r)
@@ -161,14 +182,7 @@ def mla_decode_kernel(
 
     if begin >= end:  # nothing to attend to; and with this case apart, the sums are those of products alone
         empty_row = (split * tl.num_programs(2) + batch) * num_rows + first_row
-        # Addresses of their own: those of the results would wait in registers.
-        element = tl.arange(0, BLOCK_M * BLOCK_R)
-        nothing = tl.zeros_like(element).to(out_ptr.dtype.element_ty)
-        inside = element < tl.minimum(num_rows - first_row, BLOCK_M) * R
-        tl.store(out_ptr + empty_row * R + element, nothing, mask=inside)
-        if IS_SPLIT:
-            weight = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-            tl.store(weight_ptr + empty_row + local, weight, mask=local < num_rows - first_row)
+        store_nothing(out_ptr, weight_ptr, empty_row, num_rows - first_row, R, IS_SPLIT, BLOCK_M, BLOCK_R)
         return
 
     # Only the last step looks at masks, unless there are holes in them.
