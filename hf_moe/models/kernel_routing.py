@@ -19,8 +19,8 @@ from .triton_compat import cdiv, jit, jit_for_any, next_power_of_2, tl
 
 # Slots that a program of the layout kernel reads at once.
 _CHUNK = 1024
-# From so many chunks on they are counted beforehand, and not by each of the programs, as many as there are experts: at
-# 8,192 tokens of LongCat-Flash that would take longer than reading forty of its experts.
+# From so many chunks on they are counted beforehand, and not by each of the programs, as many as there are experts: by
+# its instructions, that takes an H100 some 0.4 ms at 8,192 tokens of LongCat-Flash.
 _MANY_CHUNKS = 5
 
 
