@@ -17,6 +17,8 @@ class LongcatFlashNgramConfig(LongcatFlashConfig):
         ngram_tables (`str`, default `"model"`): where the n-gram tables are, half of the bytes of Lite. `"model"`:
             parameters like all others. `"cpu"`: in main memory, whatever the device of the model, not trained.
             `"disk"`: as `"cpu"`, mapped from the checkpoint's file and read row by row. Give it to `from_pretrained`.
+        ngram_vocab_size (`int`, *optional*): the vocabulary's size as n-grams are hashed and their tables sized, where
+            the vocabulary was resized since.
 
     Raises:
         ValueError: also for an n-gram order below 2, and tables that do not divide `hidden_size`.
@@ -31,7 +33,7 @@ class LongcatFlashNgramConfig(LongcatFlashConfig):
     }
     architecture_names = ("LongcatFlashNgramForCausalLM",)
     ngram_tables_padded = False  # whether files may have more rows than the hashes reach
-    own_defaults = {**LongcatFlashConfig.own_defaults, "ngram_tables": "model"}
+    own_defaults = {**LongcatFlashConfig.own_defaults, "ngram_tables": "model", "ngram_vocab_size": None}
 
     hidden_size: int = 3072
     ffn_hidden_size: int = 6144
@@ -46,6 +48,7 @@ class LongcatFlashNgramConfig(LongcatFlashConfig):
     emb_neighbor_num: int | None = 4
     emb_split_num: int | None = 4
     ngram_tables: str = "model"
+    ngram_vocab_size: int | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -81,7 +84,7 @@ class LongcatFlashNgramConfig(LongcatFlashConfig):
     @property
     def ngram_base(self) -> int:
         """Base of the hash, and what `ngram_vocab_size_ratio` multiplies."""
-        return self.vocab_size
+        return self.vocab_size if self.ngram_vocab_size is None else self.ngram_vocab_size
 
     @property
     def ngram_table_size(self) -> int:

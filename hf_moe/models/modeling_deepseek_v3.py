@@ -111,6 +111,11 @@ class DeepseekV3PreTrainedModel(MoePreTrainedModel):
                 duplicates[f"{prefix}layers.{index}.shared_head.head.weight"] = "lm_head.weight"
         return duplicates
 
+    def mtp_vocabulary(self) -> list[tuple[nn.Module, str]]:
+        layers = [layer for _, layer in self.base_model.mtp_layers()]
+        places = [(layer, "embed_tokens") for layer in layers] + [(layer.shared_head, "head") for layer in layers]
+        return [(module, name) for module, name in places if getattr(module, name) is not None]
+
     def untie_mtp_tensor(self, duplicate: str) -> None:
         parts = duplicate.removeprefix("model.").split(".")  # layers, index, embed_tokens | shared_head, ...
         layer = self.base_model.layers[int(parts[1])]

@@ -193,6 +193,10 @@ class LongcatFlashPreTrainedModel(MoePreTrainedModel):
             return {}
         return {f"{prefix}mtp.embed_tokens.weight": f"{prefix}embed_tokens.weight"}
 
+    def mtp_vocabulary(self) -> list[tuple[nn.Module, str]]:
+        mtp = self.base_model.mtp
+        return [] if mtp is None or mtp.embed_tokens is None else [(mtp, "embed_tokens")]
+
     def untie_mtp_tensor(self, duplicate: str) -> None:
         with torch.device("meta"):
             self.base_model.mtp.embed_tokens = nn.Embedding(

@@ -38,6 +38,14 @@ class LongcatFlashNgramPreTrainedModel(LongcatFlashPreTrainedModel):
         projections = set(model.ngram_modules()[1]) if model.ngram_hash is not None else ()
         return ("lm_head", *(name for name, module in model.named_modules() if module in projections))
 
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """As in Transformers; n-grams are hashed as before."""
+        base = self.config.ngram_base
+        table = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if self.config.ngram_base != base:
+            self.config.ngram_vocab_size = base
+        return table
+
     def host_tables(self) -> dict[str, nn.Module]:
         model = self.base_model
         return {f"{name}.weight": table for name, table in model.named_modules() if isinstance(table, HostTable)}

@@ -40,6 +40,21 @@ class LongcatNextForCausalLM(LongcatFlashNgramForCausalLM, GenerationMixin):
     _keys_to_ignore_on_load_unexpected = _OTHER_MODALITIES
     _tied_weights_keys = {}
 
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """Returns the table; its size is fixed.
+
+        Raises:
+            ValueError: for another size.
+        """
+        table = self.get_input_embeddings()
+        multiple = pad_to_multiple_of or 1
+        if -(-(new_num_tokens or table.num_embeddings) // multiple) * multiple != table.num_embeddings:
+            raise ValueError(
+                "LongCat-Next's vocabulary cannot be resized: behind its text tokens are those of other modalities, "
+                "which the head leaves out."
+            )
+        return table
+
 
 register_expert_converters("LongcatNextModel", "LongcatNextForCausalLM")
 

@@ -180,7 +180,7 @@ class Step3TextModel(Step3TextPreTrainedModel):
         mask = self._make_mask(inputs_embeds, attention_mask, past_key_values, position_ids)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # assisted generation may ask for fewer
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,

@@ -91,11 +91,14 @@ class SplitStacks(ConversionOps):
     """One fused parameter to its stacks: views, so that saving needs no second copy of the model."""
 
     @torch.no_grad()
-    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+    def convert(self, input_dict, source_patterns, target_patterns, model=None, **kwargs):
         """`{source: (E, sum of rows, cols)}` to `{target: (E, rows, cols)}`, rows split evenly."""
         (tensors,) = input_dict.values()
         fused = tensors[0] if isinstance(tensors, list) else tensors
-        return dict(zip(target_patterns, fused.chunk(len(target_patterns), dim=1)))
+        parts = fused.chunk(len(target_patterns), dim=1)
+        if {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values()):
+            parts = [part.contiguous() for part in parts]  # such a model is written as it comes, a shard at a time
+        return dict(zip(target_patterns, parts))
 
     @property
     def reverse_op(self) -> ConversionOps:

@@ -546,6 +546,22 @@ def test_token_ids_out_of_range(ids, low, high, training):
         model(torch.tensor(ids))
 
 
+@pytest.mark.parametrize(
+    "ids, named",
+    [
+        (torch.tensor([5, 6]), r"\(batch, seq\).*\(2,\)"),
+        ([[5, 6]], "list"),
+        (torch.ones(1, 2), "float32"),
+        (torch.ones(1, 0, dtype=torch.long), r"\(1, 0\) holds no token"),
+    ],
+    ids=["one row", "list", "floats", "empty"],
+)
+@pytest.mark.parametrize("family", ["deepseek_v3", "longcat_flash"])
+def test_what_is_no_batch_of_ids(family, ids, named):
+    with pytest.raises(ValueError, match=named):
+        tiny_model(family)(ids)
+
+
 def test_ids_and_embeddings_exclude_each_other():
     model = tiny_model()
     for inputs in ({}, {"input_ids": random_ids(1, 3), "inputs_embeds": torch.zeros(1, 3, 48)}):

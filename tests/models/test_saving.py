@@ -14,6 +14,7 @@ from checkpoints import (
     assert_same_bits,
     assert_same_tensors,
     decode_checkpoint,
+    edited_golden,
     expected,
     golden,
     max_difference,
@@ -379,3 +380,31 @@ def test_a_variant_lies_beside_the_default_weights(max_shard_size, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-8])
     with pytest.raises(OSError, match=re.escape(damaged.name)):
         AutoModelForCausalLM.from_pretrained(tmp_path, variant="zero")
+
+
+@pytest.mark.parametrize("case", ["v3_basic", "longcat_flash", "longcat_lite_ngram"])
+def test_resized_vocabulary_round_trip(case, tmp_path):
+    """MTP layers with tables and heads of their own get the new rows, and n-grams are hashed as before."""
+
+    def own_copies(tensors):
+        for name in tensors:
+            if case == "v3_basic" and name.endswith(("layers.4.embed_tokens.weight", "shared_head.head.weight")):
+                tensors[name] = tensors[name].flip(0)
+
+    folder = edited_golden(tmp_path / "in", case, own_copies)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert model.mtp_vocabulary()
+    size = model.config.vocab_size
+    ids = torch.arange(3, 11).unsqueeze(0)
+    with torch.no_grad():
+        before = model(ids, output_mtp_logits=True)
+        model.resize_token_embeddings(size + 9)
+        after = model(ids, output_mtp_logits=True)
+        assert torch.equal(after.logits[..., :size], before.logits)
+        assert torch.equal(after.mtp_logits[0][..., :size], before.mtp_logits[0])
+        model.save_pretrained(tmp_path / "out")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        new = ids + size - 3
+        ours, theirs = (any_model(new, output_mtp_logits=True) for any_model in (model, again))
+    assert torch.equal(theirs.logits, ours.logits) and torch.equal(theirs.mtp_logits[0], ours.mtp_logits[0])
+    assert ours.mtp_logits[0].shape[-1] == size + 9

@@ -275,6 +275,15 @@ def test_disk_offload(tmp_path):
     assert logits_error(model.eval(), expected) < 1e-4
 
 
+@pytest.mark.parametrize("case", ["step3_text", "step3_fp8"])
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_a_model_with_a_device_map_is_saved_bit_for_bit(case, place, tmp_path):
+    kwargs = {"device_map": {"": place}, "offload_folder": tmp_path / "offload"}
+    model = AutoModelForCausalLM.from_pretrained(golden(case), **kwargs)
+    model.save_pretrained(tmp_path / "saved")
+    assert_same_tensors(read_tensors(tmp_path / "saved"), read_tensors(golden(case)))
+
+
 @pytest.mark.parametrize("part", ["gate_proj", "up_proj", "down_proj"])
 def test_missing_experts_are_an_error(part, tmp_path):
     name = f"model.layers.2.moe.{part}.weight"
