@@ -369,6 +369,21 @@ def test_mtp_tensors_present_although_the_config_says_none(claimed, tmp_path):
         assert max_difference(output.mtp_logits[depth], want[name]) < LOGITS_ATOL, name
 
 
+@pytest.mark.parametrize("case", ["v3_basic", "v3_fp8", "v3_mtp2"])
+def test_fewer_layers_than_the_checkpoint_has(case, tmp_path, caplog):
+    """The usual way to try a large model: the first layers alone. Its MTP layers belong to the last ones."""
+    model = AutoModelForCausalLM.from_pretrained(golden(case), dtype=torch.float32, num_hidden_layers=2)
+    assert "num_hidden_layers=2" in caplog.text and "MTP layers" in caplog.text
+    assert len(model.model.layers) == 2 and model.config.num_nextn_predict_layers == 0
+    whole = AutoModelForCausalLM.from_pretrained(golden(case), dtype=torch.float32)
+    ids = expected(case)["input_ids"]
+    with torch.no_grad():
+        states = whole.eval()(ids, output_hidden_states=True).hidden_states[2]
+        assert torch.equal(model.eval()(ids).logits, whole.lm_head(whole.model.norm(states)))
+    model.save_pretrained(tmp_path)
+    assert not any(f".layers.{index}." in name for name in read_tensors(tmp_path) for index in (2, 3, 4))
+
+
 def test_the_callers_config_is_not_changed_by_loading(tmp_path):
     config = AutoConfig.from_pretrained(golden("v3_fp8"))
     config.num_nextn_predict_layers = 0
