@@ -133,7 +133,8 @@ class MultiMatrixAttention(nn.Module):
                 output, weights = _attend_in_blocks(attention, query, key, value, blocks), None
             else:
                 output, weights = attention(query.transpose(1, 2), key, value, attention_mask)  # (B, S, h, d)
-        return self.o_proj(output.reshape(batch, seq, -1)), weights
+        # Kernels of other libraries, bitsandbytes on the CPU, take any input for contiguous.
+        return self.o_proj(output.reshape(batch, seq, -1).contiguous()), weights
 
     def _takes_rows(self, implementation: str, seq: int, attention_mask: torch.Tensor | None) -> bool:
         if implementation == "eager":

@@ -12,6 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .layer_experts import Experts
 from .layer_fp8 import Fp8Module
+from .layer_linear import use_plain_linears
 from .layer_router import TopkRouter, ZeroExpertRouter
 from .layer_shards import fit_fp8_to_ranks
 from .modeling_fp8 import Fp8ModelMixin
@@ -52,8 +53,10 @@ class MoePreTrainedModel(Fp8ModelMixin, PreTrainedModel):
     # --- defaults -------------------------------------------------------------------------------------------------
 
     def post_init(self):
-        """As in Transformers; see `name_present_layers`."""
+        """As in Transformers; see `name_present_layers`, and `use_plain_linears` for other libraries' quantisation."""
         super().post_init()
+        if (getattr(self.config, "load_options", None) or LOAD_OPTIONS)["foreign_quantization"]:
+            use_plain_linears(self)
         self.name_present_layers()
 
     def name_present_layers(self) -> None:

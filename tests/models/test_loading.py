@@ -41,8 +41,11 @@ from transformers import (
     AutoModelForTokenClassification,
     PreTrainedModel,
 )
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import hf_moe  # noqa: F401  registers the classes
+from hf_moe.models.layer_linear import Linear
 from hf_moe.models.modeling_base import MoePreTrainedModel
 from hf_moe.models.modeling_deepseek_v3 import DeepseekV3ForCausalLM
 
@@ -576,3 +579,53 @@ def test_peak_memory_while_loading(stored, dtype, case, dequantize, tmp_path):
     growth, limit = measured["peak"] - measured["before"], 1.15 * measured["held"] + max(files)
     assert growth > 0.9 * measured["held"], f"the measurement is broken: {measured}"
     assert growth <= limit, f"peak grew by {growth / 1e6:.0f} MB, allowed {limit / 1e6:.0f} MB: {measured}"
+
+
+# --- quantisation by other libraries ----------------------------------------------------------------------------------
+
+
+@register_quantization_config("exact_class")
+class ExactClassConfig(QuantizationConfigMixin):
+    def __init__(self, **kwargs):
+        self.quant_method = "exact_class"
+
+
+class RowMajorLinear(torch.nn.Linear):
+    """As kernels in C: reads its input row by row, whatever its strides."""
+
+    def forward(self, hidden_states):
+        assert hidden_states.is_contiguous()
+        return super().forward(hidden_states)
+
+
+@register_quantizer("exact_class")
+class ExactClassQuantizer(HfQuantizer):
+    """Replaces modules that are `nn.Linear` and nothing derived from it, as bitsandbytes does."""
+
+    requires_calibration = False
+    is_serializable = is_trainable = False
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        for name, module in list(model.named_modules()):
+            if type(module) is torch.nn.Linear and name != "lm_head":
+                linear = RowMajorLinear(module.in_features, module.out_features, module.bias is not None, device="meta")
+                model.set_submodule(name, linear)
+
+
+@pytest.mark.parametrize("mla_mode", ["expanded", "absorbed"])
+@pytest.mark.parametrize("case", ["v3_basic", "v3_fp8", "longcat_flash", "step3_text"])
+def test_quantisers_that_look_for_linear_layers_find_them(case, mla_mode):
+    model = AutoModelForCausalLM.from_pretrained(
+        golden(case), dtype=torch.float32, quantization_config=ExactClassConfig()
+    ).eval()
+    model.config.mla_mode = mla_mode
+    found = [name for name, module in model.named_modules() if type(module) is RowMajorLinear]
+    assert all(any(name.endswith(part) for name in found) for part in ("o_proj", "down_proj", "gate_proj")), found
+    # MTP layers that the configuration does not announce, as LongCat's, are found later and stay as they are.
+    assert not any(type(module) is Linear and "mtp" not in name for name, module in model.named_modules())
+    ids = torch.arange(3, 21).view(2, 9)
+    want = AutoModelForCausalLM.from_pretrained(golden(case), dtype=torch.float32, dequantize=True).eval()
+    with torch.no_grad():
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        logits = model(ids[:, 5:], past_key_values=cache).logits
+        assert max_difference(logits, want(ids).logits[:, 5:]) < LOGITS_ATOL
