@@ -2,10 +2,11 @@
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
 from ..models.weights_safetensors import CheckpointError
@@ -92,6 +93,16 @@ class HubStore(Store):
                 return content
             time.sleep(min(2**attempt, 8) * _SECONDS)
         raise CheckpointError(f"{self.path(filename)}: {len(content)} of {end - begin} bytes of {what} arrived.")
+
+
+def cached_snapshot(repo_id: str, revision: str | None = None) -> Path | None:
+    """Folder of a repository in the Hub's cache, if `HF_HUB_OFFLINE` is set and there is one."""
+    if not constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 def open_hub_store(repo_id: str, revision: str | None = None, token: str | None = None) -> HubStore:

@@ -228,6 +228,8 @@ def open_source(path_or_hub_id: str | os.PathLike, *, revision: str | None = Non
 def open_store(path_or_hub_id: str | os.PathLike, revision: str | None = None, token: str | None = None) -> "Store":
     """The files of a local folder or, where there is none of that name, of a repository on the Hub.
 
+    With `HF_HUB_OFFLINE` set, a repository is read from the Hub's cache.
+
     Raises:
         CheckpointError: if there is neither.
     """
@@ -239,9 +241,10 @@ def open_store(path_or_hub_id: str | os.PathLike, revision: str | None = None, t
         raise CheckpointError(f"{folder} is a file. Name the folder of the checkpoint.")
     if text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
         raise CheckpointError(f"{text}: there is no such folder.")
-    from .hub_store import open_hub_store
+    from .hub_store import cached_snapshot, open_hub_store
 
-    return open_hub_store(text, revision, token)
+    snapshot = cached_snapshot(text, revision)
+    return open_hub_store(text, revision, token) if snapshot is None else LocalStore(snapshot)
 
 
 def read_source(store: Store) -> Source:

@@ -115,9 +115,12 @@ def check_output_dir(args: FinetuneArguments) -> None:
 
 def load_tokenizer(args: FinetuneArguments):
     """The model's tokenizer, with the chat template that the options name."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        args.model_name_or_path, revision=args.model_revision, trust_remote_code=args.trust_remote_code
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            args.model_name_or_path, revision=args.model_revision, trust_remote_code=args.trust_remote_code
+        )
+    except OSError as error:
+        raise OSError(f"--model_name_or_path {args.model_name_or_path}: no tokenizer can be read: {error}") from error
     if args.chat_template_path:
         path = Path(args.chat_template_path)
         if not path.is_file():

@@ -163,3 +163,21 @@ def test_a_broken_repository_is_refused_like_a_folder(hub):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match="hub:org/model@0123456789ab/model.safetensors: truncated"):
         open_source("org/model")
+
+
+def test_without_a_network_the_cache_is_read(tmp_path, monkeypatch):
+    """`models--ORG--NAME/snapshots/COMMIT/FILE` are links to `blobs/`, as `huggingface_hub` lays them out."""
+    cache = tmp_path / "hub" / "models--org--model"
+    snapshot = cache / "snapshots" / COMMIT
+    for folder in (snapshot, cache / "blobs", cache / "refs"):
+        folder.mkdir(parents=True)
+    (cache / "refs" / "main").write_text(COMMIT)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDENS / "v3_basic" / name, cache / "blobs" / f"blob-{name}")
+        (snapshot / name).symlink_to(f"../../blobs/blob-{name}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    source = open_source("org/model")
+    assert source.name == f"org/model@{COMMIT}"
+    with pytest.raises(CheckpointError, match="org/other.*offline"):
+        open_source("org/other")
