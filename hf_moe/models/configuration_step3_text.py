@@ -31,7 +31,7 @@ class Step3TextConfig(UpstreamConfig):
 
     model_type = "step3_text"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "main_loss"]
     default_theta = 500000.0
     derived_keys = ()
     attribute_map = {

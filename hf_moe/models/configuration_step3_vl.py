@@ -60,7 +60,7 @@ class Step3VLConfig(UpstreamConfig):
     derived_keys = ()
     fp8_weights = Step3TextConfig.fp8_weights
     sub_configs = {"text_config": Step3TextConfig, "vision_config": Step3VisionConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "main_loss", "image_hidden_states"]
     remote_code_map = {
         "AutoConfig": "configuration_step3_vl.Step3VLConfig",
         "AutoModel": "modeling_step3_vl.Step3VLModel",

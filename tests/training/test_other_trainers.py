@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import tiny_model
+from tiny_step3 import text_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from hf_moe.demo import DEMO_MODEL
@@ -103,3 +104,15 @@ def test_sft_trainer_with_lora_on_experts(tmp_path, packing):
     assert any("experts.lora_B" in name for name in moved) and any("o_proj.lora_B" in name for name in moved)
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert len(losses) == 3 and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "longcat_flash", "step3_text"])
+def test_trainer_predicts_logits_alone(tmp_path, family):
+    """What `compute_metrics` gets is one array, as of every other model, and not our other losses beside it."""
+    model = text_model() if family == "step3_text" else tiny_model(family)
+    args = TrainingArguments(output_dir=tmp_path, per_device_eval_batch_size=4, use_cpu=True, disable_tqdm=True)
+    seen = []
+    trainer = Trainer(model, args, data_collator=pad, compute_metrics=lambda given: seen.append(given) or {"n": 1})
+    result = trainer.predict(rows(6))
+    assert result.predictions.shape == (6, 9, 101) == seen[0].predictions.shape
+    assert result.metrics["test_loss"] > 0
