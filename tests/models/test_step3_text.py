@@ -360,6 +360,7 @@ def test_beams_and_assistant(tiny):
     assert torch.equal(tiny.generate(ids[:1], prompt_lookup_num_tokens=3), expected)
     other = text_model(num_hidden_layers=2)
     assert torch.equal(tiny.generate(ids[:1], assistant_model=other), expected)
+    assert torch.equal(tiny.generate(ids[:1], assistant_early_exit=2), expected)  # its first layers draft
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
