@@ -252,7 +252,8 @@ def inner_grad(
     tile = product_tile(layout.block_m, grad_output.dtype, kind, compute_capability(device))
     if tile.block_n > 128:  # what follows the product needs the registers
         tile = tile._replace(block_n=128)
-    if compute_capability(device)[0] >= 10 and tile.block_m == 64:
+    generation = compute_capability(device)[0]
+    if tile.block_m == 64 and (generation >= 10 or (generation == 8 and low is not None)):
         tile = tile._replace(block_n=64)
     tile = chosen("inner_grad", tile)
     grad_pre = torch.empty_like(pre)
