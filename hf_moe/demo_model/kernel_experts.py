@@ -3,7 +3,7 @@
 Two grouped products over the sorted rows of `kernel_routing.Layout`:
 
 * `gate_up_kernel` gathers the tokens of its rows while it loads them, multiplies them with the gate and the up matrix
-  of their expert, and applies SwiGLU before it stores.
+  of their expert, and applies the activation and the gate before it stores.
 * `rows_kernel`, as the down product, multiplies with the down matrix and the routing weight, and stores each row in the
   place of its slot, so that the K rows of a token are neighbours. It also serves the low-rank products of LoRA and the
   gradient of the tokens.
@@ -28,8 +28,9 @@ from __future__ import annotations
 
 import torch
 
+from .kernel_activation import activate, limit_gate
 from .kernel_routing import Layout
-from .kernel_tiles import FP8, FP8_BITS, PLAIN, SCALE_BLOCK, Tile, product_tile
+from .kernel_tiles import FP8, FP8_BITS, PLAIN, SCALE_BLOCK, Tile, chosen, product_tile
 from .triton_compat import (
     INTERPRETING,
     cdiv,
@@ -46,7 +47,7 @@ from .triton_compat import (
     tl,
 )
 
-_FP8_BITS = constant(FP8_BITS)
+_FP8, _FP8_BITS = constant(FP8), constant(FP8_BITS)
 _SCALE_BLOCK = constant(SCALE_BLOCK)
 
 
@@ -65,6 +66,9 @@ def widen(weight, dtype: tl.constexpr, WEIGHT: tl.constexpr):
     """A tile of weights in the dtype of the activations. FP8 values are exact in it."""
     if WEIGHT == _FP8_BITS:
         wide = e4m3_to_float(weight, dtype)
+    elif WEIGHT == _FP8 and dtype == tl.bfloat16:
+        # Straight there, each value takes a slot of the unit for special functions: a quarter of the others' rate.
+        wide = weight.to(tl.float32).to(dtype)
     else:
         wide = weight.to(dtype)
     return wide
@@ -242,6 +246,8 @@ def finish_gate_up(
     outs,  # out_ptr, pre_ptr
     I: tl.constexpr,  # noqa: E741
     SAVE_PRE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
     IN_PIECES: tl.constexpr,
@@ -251,10 +257,12 @@ def finish_gate_up(
         PIECE: tl.constexpr = WIDTH // 2
         gate, gate_right = halves(gate, BLOCK_M, PIECE)
         up, up_right = halves(up, BLOCK_M, PIECE)
-        store_gate_up(gate, up, first_column, place, outs, I, SAVE_PRE, BLOCK_M, PIECE)
-        store_gate_up(gate_right, up_right, first_column + PIECE, place, outs, I, SAVE_PRE, BLOCK_M, PIECE)
+        store_gate_up(gate, up, first_column, place, outs, I, SAVE_PRE, ACTIVATION, LIMIT, BLOCK_M, PIECE)
+        store_gate_up(
+            gate_right, up_right, first_column + PIECE, place, outs, I, SAVE_PRE, ACTIVATION, LIMIT, BLOCK_M, PIECE
+        )
     else:
-        store_gate_up(gate, up, first_column, place, outs, I, SAVE_PRE, BLOCK_M, WIDTH)
+        store_gate_up(gate, up, first_column, place, outs, I, SAVE_PRE, ACTIVATION, LIMIT, BLOCK_M, WIDTH)
 
 
 @jit
@@ -266,6 +274,8 @@ def store_gate_up(
     outs,
     I: tl.constexpr,  # noqa: E741
     SAVE_PRE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -279,7 +289,9 @@ def store_gate_up(
         pre_ptrs = pre_ptr + rows[:, None] * (2 * I) + columns[None, :]
         tl.store(pre_ptrs, narrow(gate, pre_ptr.dtype.element_ty), mask=mask)
         tl.store(pre_ptrs + I, narrow(up, pre_ptr.dtype.element_ty), mask=mask)
-    out = gate / (1 + tl.exp(-gate)) * up
+    if LIMIT > 0:
+        gate, up = limit_gate(gate, up, LIMIT)
+    out = activate(gate, ACTIVATION) * up
     tl.store(out_ptr + rows[:, None] * I + columns[None, :], narrow(out, out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -291,7 +303,7 @@ def gate_up_kernel(
     scale_ptr,  # (E, 2 * ceil(I / 128), ceil(H / 128)), or unused
     low_ptr,  # (N, R) sorted rows times LoRA's A, or unused
     lora_ptr,  # (E, 2I, R) LoRA's B, or unused
-    out_ptr,  # (N, I) sorted rows of silu(gate) * up
+    out_ptr,  # (N, I) sorted rows of activation(gate) * up
     pre_ptr,  # (N, 2I) sorted rows of gate and up, or unused
     order_ptr,
     offsets_ptr,
@@ -306,6 +318,8 @@ def gate_up_kernel(
     WEIGHT: tl.constexpr,
     UE8M0: tl.constexpr,
     SAVE_PRE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # one half is gate, the other the same columns of up
     BLOCK_K: tl.constexpr,
@@ -314,6 +328,8 @@ def gate_up_kernel(
 ):
     HALF: tl.constexpr = BLOCK_N // 2
     PAIR: tl.constexpr = X_FP8 and BLOCK_N == 2 * _SCALE_BLOCK
+    # What computes more than SiLU does it in pieces where a tile's sums leave it few registers.
+    IN_PIECES: tl.constexpr = PAIR or (BLOCK_N == 2 * _SCALE_BLOCK and (ACTIVATION != "silu" or LIMIT > 0))
     GRID_K: tl.constexpr = (H + _SCALE_BLOCK - 1) // _SCALE_BLOCK
     GRID_N: tl.constexpr = (I + _SCALE_BLOCK - 1) // _SCALE_BLOCK
     tiles_m = tl.load(num_tiles_ptr)
@@ -379,7 +395,7 @@ def gate_up_kernel(
             gate, up = halves(acc, BLOCK_M, HALF)
         place = (m, tiles_ptr, offsets_ptr, order_ptr, max_tiles)
         outs = (out_ptr, pre_ptr)
-        finish_gate_up(gate, up, n * HALF, place, outs, I, SAVE_PRE, BLOCK_M, HALF, PAIR)
+        finish_gate_up(gate, up, n * HALF, place, outs, I, SAVE_PRE, ACTIVATION, LIMIT, BLOCK_M, HALF, IN_PIECES)
 
 
 @jit
@@ -546,14 +562,18 @@ def gate_up(
     x_scale: torch.Tensor | None = None,
     low: torch.Tensor | None = None,
     lora_b: torch.Tensor | None = None,
+    activation: str = "silu",
+    limit: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Sorted rows (N, I) of silu(gate) * up, and (N, 2I) of gate and up if `pre_dtype` is given."""
+    """Sorted rows (N, I) of activation(gate) * up, and (N, 2I) of gate and up if `pre_dtype` is given."""
     (tokens, hidden), inter, device = hidden_states.shape, weight.shape[1] // 2, hidden_states.device
     kind = weight_kind(weight)
     capability = compute_capability(device)
     tile = product_tile(layout.block_m, hidden_states.dtype, kind, capability)
-    if x_scale is not None and tile.block_m == 128 and capability[0] == 9 and hidden_states.numel() < 1 << 31:
+    fits = activation == "silu" and not limit and hidden_states.numel() < 1 << 31
+    if x_scale is not None and tile.block_m == 128 and capability[0] == 9 and fits:
         tile = tile._replace(block_n=2 * SCALE_BLOCK)  # see `product_pair`
+    tile = chosen("gate_up", tile)
     out = torch.empty(tokens * top_k, inter, dtype=out_dtype, device=device)
     pre = None if pre_dtype is None else torch.empty(tokens * top_k, 2 * inter, dtype=pre_dtype, device=device)
     grid, options = launch_options(tile, layout, 2 * inter, device)
@@ -573,6 +593,8 @@ def gate_up(
         I=inter,
         X_FP8=x_scale is not None,
         SAVE_PRE=pre is not None,
+        ACTIVATION=activation,
+        LIMIT=float(limit),
         **weight_options(weight, scale),
         **lora_options(0 if low is None else low.shape[1]),
         **options,
@@ -616,6 +638,7 @@ def multiply_rows(
     if out_features <= 64:
         tile = tile._replace(block_n=max(16, next_power_of_2(out_features)), block_k=min(tile.block_k, 64))
         tile = tile._replace(warps=4 if tile.block_m <= 64 else tile.warps)
+    tile = chosen("rows", tile)
     if kind == PLAIN or inner % (parts * SCALE_BLOCK) == 0:
         parts = 1  # one piece, or its blocks follow one another
     out = torch.empty(layout.order.numel(), out_features, dtype=out_dtype, device=device)

@@ -1,10 +1,11 @@
 """Triton kernels of the experts' backward pass; gradients to tokens come from `kernel_experts.rows_kernel`.
 
-With y = sum over slots of w * D (silu(g) * u), where g and u are the gate and up products of the slot's token:
+With y = sum over slots of w * D (a(g) * u), where a is the activation and g and u are the gate and up products of the
+slot's token:
 
 * `inner_grad_kernel` multiplies the gathered gradient of the token with D transposed, and from that (BLOCK_M, BLOCK_N)
   tile, gate and up makes, before anything is stored: the gradients of gate and up, the tile's share of the gradient of
-  the routing weight (its dot product with silu(g) * u), and, if a weight gradient needs it, the weighted inner row.
+  the routing weight (its dot product with a(g) * u), and, if a weight gradient needs it, the weighted inner row.
 * `outer_kernel` sums outer products of an expert's rows: gradients of its weights and of its LoRA factors.
 
 Weights may be FP8, which is widened in registers as in the forward products: a frozen stack is never expanded.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import torch
 
+from .kernel_activation import activate_with_slope, limit_gate
 from .kernel_experts import (
     _SCALE_BLOCK,
     as_bytes,
@@ -31,12 +33,12 @@ from .kernel_experts import (
     weight_options,
 )
 from .kernel_routing import Layout
-from .kernel_tiles import product_tile
+from .kernel_tiles import chosen, product_tile
 from .triton_compat import cdiv, compute_capability, dot, jit, jit_for_any, narrow, next_power_of_2, tl
 
 
 @jit
-def swiglu_grad(
+def gate_grad(
     grad,  # (BLOCK_M, WIDTH) of the inner rows, not yet weighted
     first_column,
     rows,
@@ -45,6 +47,8 @@ def swiglu_grad(
     places,  # pre_ptr, factors_ptr, grad_pre_ptr, inner_ptr
     I: tl.constexpr,  # noqa: E741
     SAVE_INNER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """Stores the gradients of gate and up for some columns; returns their share of the routing weights' gradient."""
@@ -54,15 +58,19 @@ def swiglu_grad(
     pre_offsets = rows[:, None] * (2 * I) + columns[None, :]
     gate = tl.load(pre_ptr + pre_offsets, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(pre_ptr + pre_offsets + I, mask=mask, other=0.0).to(tl.float32)
-    sigmoid = 1 / (1 + tl.exp(-gate))
-    inner = gate * sigmoid * up
+    if LIMIT > 0:
+        gate_passes, up_passes = gate <= LIMIT, tl.abs(up) <= LIMIT
+        gate, up = limit_gate(gate, up, LIMIT)
+    value, slope = activate_with_slope(gate, ACTIVATION)
+    inner = value * up
     share = tl.sum(tl.where(mask, grad * inner, 0.0), 1)
     factors = tl.load(factors_ptr + slots).to(tl.float32)[:, None]
     grad *= factors
-    grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
+    grad_gate, grad_up = grad * up * slope, grad * value
+    if LIMIT > 0:
+        grad_gate, grad_up = tl.where(gate_passes, grad_gate, 0.0), tl.where(up_passes, grad_up, 0.0)
     tl.store(grad_pre_ptr + pre_offsets, narrow(grad_gate, grad_pre_ptr.dtype.element_ty), mask=mask)
-    grad_up = narrow(grad * gate * sigmoid, grad_pre_ptr.dtype.element_ty)
-    tl.store(grad_pre_ptr + pre_offsets + I, grad_up, mask=mask)
+    tl.store(grad_pre_ptr + pre_offsets + I, narrow(grad_up, grad_pre_ptr.dtype.element_ty), mask=mask)
     if SAVE_INNER:
         inner_ptrs = inner_ptr + rows[:, None] * I + columns[None, :]
         tl.store(inner_ptrs, narrow(inner * factors, inner_ptr.dtype.element_ty), mask=mask)
@@ -80,7 +88,7 @@ def inner_grad_kernel(
     pre_ptr,  # (N, 2I) sorted rows of gate and up
     factors_ptr,  # (N,) routing weight of each slot
     grad_pre_ptr,  # (N, 2I) sorted rows
-    inner_ptr,  # (N, I) sorted rows of w * silu(gate) * up, or unused
+    inner_ptr,  # (N, I) sorted rows of w * activation(gate) * up, or unused
     shares_ptr,  # (N, tiles along I) float32, in the order of the slots
     order_ptr,
     offsets_ptr,
@@ -93,6 +101,8 @@ def inner_grad_kernel(
     R: tl.constexpr,
     HAS_KEPT: tl.constexpr,
     SAVE_INNER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
     WEIGHT: tl.constexpr,
     UE8M0: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -148,11 +158,13 @@ def inner_grad_kernel(
         first = n * BLOCK_N
         share = tl.zeros((BLOCK_M,), tl.float32)
         one, two = halves(left, BLOCK_M, QUARTER)
-        share += swiglu_grad(one, first, rows, slots, valid, places, I, SAVE_INNER, QUARTER)
-        share += swiglu_grad(two, first + QUARTER, rows, slots, valid, places, I, SAVE_INNER, QUARTER)
+        share += gate_grad(one, first, rows, slots, valid, places, I, SAVE_INNER, ACTIVATION, LIMIT, QUARTER)
+        share += gate_grad(two, first + QUARTER, rows, slots, valid, places, I, SAVE_INNER, ACTIVATION, LIMIT, QUARTER)
         one, two = halves(right, BLOCK_M, QUARTER)
-        share += swiglu_grad(one, first + HALF, rows, slots, valid, places, I, SAVE_INNER, QUARTER)
-        share += swiglu_grad(two, first + HALF + QUARTER, rows, slots, valid, places, I, SAVE_INNER, QUARTER)
+        share += gate_grad(one, first + HALF, rows, slots, valid, places, I, SAVE_INNER, ACTIVATION, LIMIT, QUARTER)
+        share += gate_grad(
+            two, first + HALF + QUARTER, rows, slots, valid, places, I, SAVE_INNER, ACTIVATION, LIMIT, QUARTER
+        )
         tl.store(shares_ptr + slots * tiles_n + n, share, mask=valid)
 
 
@@ -218,6 +230,8 @@ def inner_grad(
     low: torch.Tensor | None = None,
     lora_a: torch.Tensor | None = None,
     kept: torch.Tensor | None = None,
+    activation: str = "silu",
+    limit: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Gradients that start from that of the tokens' sums.
 
@@ -238,8 +252,10 @@ def inner_grad(
     tile = product_tile(layout.block_m, grad_output.dtype, kind, compute_capability(device))
     if tile.block_n > 128:  # what follows the product needs the registers
         tile = tile._replace(block_n=128)
-    if compute_capability(device)[0] >= 10 and tile.block_m == 64:
+    generation = compute_capability(device)[0]
+    if tile.block_m == 64 and (generation >= 10 or (generation == 8 and low is not None)):
         tile = tile._replace(block_n=64)
+    tile = chosen("inner_grad", tile)
     grad_pre = torch.empty_like(pre)
     inner = pre.new_empty(slots, inter) if save_inner else None
     shares = torch.empty(slots, cdiv(inter, tile.block_n), dtype=torch.float32, device=device)
@@ -263,6 +279,8 @@ def inner_grad(
         I=inter,
         HAS_KEPT=kept is not None,
         SAVE_INNER=save_inner,
+        ACTIVATION=activation,
+        LIMIT=float(limit),
         **weight_options(weight, scale),
         **lora_options(0 if low is None else low.shape[1]),
         **options,
@@ -297,7 +315,7 @@ def sum_outer(
     num_experts = layout.offsets.numel() - 1
     left_size, right_size = left.shape[1], right.shape[1]
     out = torch.empty(num_experts, left_size, right_size, dtype=out_dtype, device=left.device)
-    options = outer_tile(left_size, right_size, left.dtype)
+    options = chosen("outer", outer_tile(left_size, right_size, left.dtype))
     grid = (cdiv(left_size, options["BLOCK_M"]) * cdiv(right_size, options["BLOCK_N"]), num_experts)
     outer_kernel[grid](
         left,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from .kernel_experts import as_bytes, load_scale, product, tile_of, weight_kind, weight_options, widen
-from .kernel_tiles import FP8_BITS, SCALE_BLOCK, Tile, product_tile
+from .kernel_tiles import FP8_BITS, SCALE_BLOCK, Tile, chosen, product_tile
 from .triton_compat import (
     INTERPRETING,
     cdiv,
@@ -354,10 +354,10 @@ def multiply(
     out = torch.empty(num_rows, width, dtype=out_dtype, device=device)
     if out.numel() == 0:
         return out
-    tile = linear_tile(num_rows, rows.dtype, kind, compute_capability(device), transposed)
+    tile = chosen("linear", linear_tile(num_rows, rows.dtype, kind, compute_capability(device), transposed))
     tiles = cdiv(num_rows, tile.block_m) * cdiv(width, tile.block_n)
     processors = num_processors(device)
-    splits = split_count(depth, tiles, processors)
+    splits = chosen("linear_splits", split_count(depth, tiles, processors))
     target = out if splits == 1 else torch.empty(splits, num_rows, width, dtype=torch.float32, device=device)
     programs = min(tiles, processors * tile.per_processor) if tile.per_processor and splits == 1 else tiles
     linear_kernel[(programs, splits)](

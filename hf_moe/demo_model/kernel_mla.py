@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from .kernel_tiles import chosen
 from .triton_compat import (
     INTERPRETING,
     cdiv,
@@ -78,9 +79,10 @@ def split_count(context: int, programs: int, processors: int, block_n: int) -> i
 
 @jit
 def masked_range(mask_ptr, queries, mask_stride, begin, end, PER_QUERY: tl.constexpr, SCAN: tl.constexpr):
-    """First token in [begin, end) that any query attends to, and the one behind the last."""
+    """First token in [begin, end) that any query attends to, the one behind the last, and how many there are."""
     first = end
     last = begin
+    count = 0
     for start in range(begin, end, SCAN):
         token = start + tl.arange(0, SCAN)
         seen = tl.load(mask_ptr + token, mask=token < end, other=0) != 0
@@ -90,7 +92,40 @@ def masked_range(mask_ptr, queries, mask_stride, begin, end, PER_QUERY: tl.const
                 seen |= tl.load(row + token, mask=token < end, other=0) != 0
         first = tl.minimum(first, tl.min(tl.where(seen, token, end), axis=0))
         last = tl.maximum(last, tl.max(tl.where(seen, token + 1, begin), axis=0))
-    return first, last
+        count += tl.sum(seen.to(tl.int32), axis=0)
+    return first, last, count
+
+
+@jit
+def mask_scores(scores, token, end, mask_ptr, mask_rows, HAS_MASK: tl.constexpr, PER_QUERY: tl.constexpr):
+    """(BLOCK_M, BLOCK_N) scores, minus infinity where a row does not attend to a token."""
+    allowed = (token < end)[None, :]
+    if PER_QUERY:
+        allowed = tl.load(mask_ptr + mask_rows[:, None] + token[None, :], mask=allowed, other=0) != 0
+    elif HAS_MASK:
+        allowed = (tl.load(mask_ptr + token, mask=token < end, other=0) != 0)[None, :]
+    return tl.where(allowed, scores, float("-inf"))
+
+
+@jit
+def store_nothing(
+    out_ptr,
+    weight_ptr,
+    first,
+    count,
+    R: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Zeros, and the weight of nothing, for up to `count` rows. With addresses of its own: those of the results would
+    wait in registers during the products."""
+    element = tl.arange(0, BLOCK_M * BLOCK_R)
+    nothing = tl.zeros_like(element).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + first * R + element, nothing, mask=element < tl.minimum(count, BLOCK_M) * R)
+    if IS_SPLIT:
+        row = tl.arange(0, BLOCK_M)
+        tl.store(weight_ptr + first + row, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask=row < count)
 
 
 @jit_for_any("context", "split_length", "mask_batch", "mask_query")
@@ -140,29 +175,38 @@ def mla_decode_kernel(
 
     begin = split * split_length
     end = tl.minimum(begin + split_length, context)
+    mask_rows = (first_row + rows) // heads * mask_query if PER_QUERY else None
     if HAS_MASK:
         mask_ptr += batch * mask_batch
-        mask_rows = (first_row + rows) // heads * mask_query
-        begin, end = masked_range(mask_ptr, queries, mask_query, begin, end, PER_QUERY, SCAN)
+        begin, end, count = masked_range(mask_ptr, queries, mask_query, begin, end, PER_QUERY, SCAN)
 
+    if begin >= end:  # nothing to attend to; and with this case apart, the sums are those of products alone
+        empty_row = (split * tl.num_programs(2) + batch) * num_rows + first_row
+        store_nothing(out_ptr, weight_ptr, empty_row, num_rows - first_row, R, IS_SPLIT, BLOCK_M, BLOCK_R)
+        return
+
+    # Only the last step looks at masks, unless there are holes in them.
+    masked_from = end - BLOCK_N + 1
+    if PER_QUERY:
+        masked_from = begin
+    elif HAS_MASK:
+        masked_from = tl.where(count < end - begin, begin, masked_from)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(begin, end, BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
-        inside = token < end
         place = tl.minimum(token, context - 1).to(tl.int64)
         latent = tl.load(latent_ptr + place[:, None] * latent_token + r[None, :], mask=r[None, :] < R, other=0.0)
         key_rope = tl.load(key_rope_ptr + place[:, None] * key_token + p[None, :], mask=p[None, :] < P, other=0.0)
-        scores = dot(query, tl.trans(latent), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-        scores = dot(query_rope, tl.trans(key_rope), scores) * scale
-        allowed = inside[None, :]
-        if HAS_MASK:
-            if PER_QUERY:
-                allowed = tl.load(mask_ptr + mask_rows[:, None] + token[None, :], mask=allowed, other=0) != 0
-            else:
-                allowed = (tl.load(mask_ptr + token, mask=inside, other=0) != 0)[None, :]
-        scores = tl.where(allowed, scores, float("-inf"))
+        # Two products for themselves, and, with wide tiles, a branch: where the compiler sees that a product's results
+        # go into another one, it gives each warp whole rows, and several warps compute the same scores.
+        scores = dot(query, tl.trans(latent), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)) * scale
+        scores += dot(query_rope, tl.trans(key_rope), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)) * scale
+        if BLOCK_M < 64:
+            scores = mask_scores(scores, token, end, mask_ptr, mask_rows, HAS_MASK, PER_QUERY)
+        elif start >= masked_from:
+            scores = mask_scores(scores, token, end, mask_ptr, mask_rows, HAS_MASK, PER_QUERY)
         new_largest = tl.maximum(largest, tl.max(scores, axis=1))
         shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # nothing to attend to so far
         weights = tl.exp2(scores - shift[:, None])
@@ -235,9 +279,9 @@ def mla_decode(
         return out
     latent, key_rope = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (latent, key_rope))
     per_query = mask is not None and mask.shape[1] > 1
-    tile = mla_tile(num_rows, compute_capability(device), per_query)
+    tile = chosen("mla_decode", mla_tile(num_rows, compute_capability(device), per_query))
     blocks = cdiv(num_rows, tile.block_m)
-    splits = split_count(context, batch * blocks, num_processors(device), tile.block_n)
+    splits = chosen("mla_splits", split_count(context, batch * blocks, num_processors(device), tile.block_n))
     length = cdiv(cdiv(context, splits), tile.block_n) * tile.block_n
     splits = cdiv(context, length)
     target, weight = out, None

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from .kernel_mla import masked_range
+from .kernel_tiles import chosen
 from .triton_compat import (
     INTERPRETING,
     cdiv,
@@ -159,7 +160,7 @@ def mla_prefill_kernel(
         return
     if HAS_MASK:
         real_ptr += batch * real_batch
-        begin, end = masked_range(real_ptr, 1, 0, begin, end, False, SCAN)
+        begin, end, _ = masked_range(real_ptr, 1, 0, begin, end, False, SCAN)
 
     n, p, v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_V)
     wide_rows = rows.to(tl.int64)[:, None]
@@ -249,7 +250,7 @@ def mla_prefill(
     )
     if real is not None and real.stride(-1) != 1:
         real = real.contiguous()
-    tile = prefill_tile(queries, compute_capability(query.device))
+    tile = chosen("mla_prefill", prefill_tile(queries, compute_capability(query.device)))
     mla_prefill_kernel[(cdiv(queries, tile.block_m), heads, batch)](
         query,
         query_rope,

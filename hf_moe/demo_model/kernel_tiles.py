@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,8 @@ import torch
 # How a kernel reads a weight.
 PLAIN, FP8, FP8_BITS = 0, 1, 2
 SCALE_BLOCK = 128
+# What is tried instead of what is shipped, by the name of a launch.
+_TRIED: dict[str, object] = {}
 
 
 class Tile(NamedTuple):
@@ -20,6 +23,28 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     per_processor: int  # programs of a persistent launch on each multiprocessor; 0: one program per tile
+
+
+@contextlib.contextmanager
+def trying(**choices):
+    """Within, launches of these names take these tiles, or numbers of splits, instead of the shipped ones, or what a
+    function makes of the shipped ones: for sweeps.
+
+    `benchmarks/gpu/tune.py` names them all. The tile of an experts' product has as many rows as its layout.
+    """
+    before = dict(_TRIED)
+    _TRIED.update(choices)
+    try:
+        yield
+    finally:
+        _TRIED.clear()
+        _TRIED.update(before)
+
+
+def chosen(name: str, shipped):
+    """What a launch takes: the tile (or number of splits) that is tried, or the shipped one."""
+    tried = _TRIED.get(name, shipped)
+    return tried(shipped) if callable(tried) else tried
 
 
 def tile_rows(num_slots: int, num_experts: int, dtype: torch.dtype) -> int:
@@ -46,7 +71,9 @@ def product_tile(block_m: int, dtype: torch.dtype, weight: int, capability: tupl
         stages = 2 if small_memory else 3  # a step spans a block of scales
         return Tile(64, 128, 128, 4, stages, 2) if block_m == 64 else Tile(128, 128, 128, 8, stages, 1)
     if weight != PLAIN:
-        return Tile(64, 128, 64, 4, 3, 2) if block_m == 64 else Tile(128, 128, 64, 8, 3, 1)
+        if block_m == 64:  # so few rows wait for weights: where there is room for it, 64 KiB of them are coming
+            return Tile(64, 128, 128 if capability[0] in (9, 10) else 64, 4, 3, 2)
+        return Tile(128, 128, 64, 8, 3, 1)
     if block_m == 64:
         return Tile(64, 128, 64, 8 if capability[0] == 8 else 4, 3, 2)
     if capability[0] == 8 or small_memory:

@@ -65,7 +65,19 @@ class Fp8Module(nn.Module):
                 getattr(self, f"{name}_scale_inv").requires_grad_(False)
 
     def quantizes(self, rows: torch.Tensor) -> bool:
-        """Whether a product with `rows` quantises them."""
+        """Whether a product with `rows` quantises them.
+
+        Raises:
+            TypeError: for weights that something cast, such as FSDP2's mixed precision before it gathers them.
+        """
+        for name in self.fp8_parts:
+            dtype = getattr(self, name).dtype
+            if dtype != FP8:
+                raise TypeError(
+                    f"{type(self).__name__}.{name} is {dtype}, its FP8 numbers without their "
+                    "scales. FSDP's mixed precision does that: give it no `param_dtype`, or, through Accelerate, call "
+                    "`hf_moe.training.distributed.keep_fp8(accelerator, model)` before the model is prepared."
+                )
         return quantizes_activations(self.quantize_activations, rows.device, self.fp8)
 
     def _apply(self, fn, recurse=True):

@@ -41,3 +41,14 @@ class Linear(Fp8Module, nn.Linear):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.fp8 is None else f", fp8={self.fp8.block_size}")
+
+
+def use_plain_linears(model: nn.Module) -> None:
+    """Turns every `Linear` without FP8 weights, heads excepted, into the `nn.Linear` that it is.
+
+    Some libraries, bitsandbytes among them, replace modules of exactly that class, and pass over those derived from it.
+    """
+    for module in model.modules():
+        if type(module) is Linear and module.fp8 is None:
+            del module.weight_scale_inv
+            module.__class__ = nn.Linear

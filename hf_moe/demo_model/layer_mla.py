@@ -217,7 +217,8 @@ class LatentAttention(nn.Module):
 
         attend = self._attend_absorbed if absorbed else self._attend_expanded
         output, weights = attend(query_nope, query_rope, latent, key_rope, attention_mask, **kwargs)
-        return self.o_proj(output.reshape(batch, seq, -1)), weights
+        # Kernels of other libraries, bitsandbytes on the CPU, take any input for contiguous.
+        return self.o_proj(output.reshape(batch, seq, -1).contiguous()), weights
 
     def _project_queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.config.q_lora_rank is None:
@@ -235,7 +236,7 @@ class LatentAttention(nn.Module):
         query = torch.cat((query_nope, query_rope), dim=-1).transpose(1, 2)  # (B, h, S, n + p)
         size = self._heads_at_a_time(query.shape[1], latent)
         if size >= query.shape[1]:
-            expanded = self.kv_b_proj(latent.squeeze(1))
+            expanded = self._expand(latent.squeeze(1))
             return self._attend_heads(query, expanded, key_rope, attention_mask, **kwargs)
         parts, width = [], self.qk_nope_head_dim + self.v_head_dim
         for start, queries in zip(range(0, query.shape[1], size), query.split(size, dim=1)):
@@ -266,12 +267,16 @@ class LatentAttention(nn.Module):
             piece = latent[:, start:stop]
             if by_head:
                 return self.kv_b_proj.outputs(piece, first * width, (first + count) * width).to(dtype)
-            return self.kv_b_proj(piece).to(dtype)
+            return self._expand(piece).to(dtype)
 
         # Under autocast, what was rotated is wider than what was projected.
         query_rope, key_rope = query_rope.to(dtype), key_rope.to(dtype)
         step = self._head_step() if by_head else 0
         return latent_prefill(query_nope, query_rope, key_rope, expand, mask, self.scaling, self.v_head_dim, step)
+
+    def _expand(self, latent: torch.Tensor) -> torch.Tensor:
+        """(B, T, r) to (B, T, h (n + v)), by whatever module `kv_b_proj` is."""
+        return self.kv_b_proj(latent if type(self.kv_b_proj) is Linear else latent.contiguous())
 
     def _drops(self) -> float:
         return self.attention_dropout if self.training else 0.0

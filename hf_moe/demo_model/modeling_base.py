@@ -12,6 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .layer_experts import Experts
 from .layer_fp8 import Fp8Module
+from .layer_linear import use_plain_linears
 from .layer_router import TopkRouter, ZeroExpertRouter
 from .layer_shards import fit_fp8_to_ranks
 from .modeling_fp8 import Fp8ModelMixin
@@ -52,8 +53,10 @@ class MoePreTrainedModel(Fp8ModelMixin, PreTrainedModel):
     # --- defaults -------------------------------------------------------------------------------------------------
 
     def post_init(self):
-        """As in Transformers; see `name_present_layers`."""
+        """As in Transformers; see `name_present_layers`, and `use_plain_linears` for other libraries' quantisation."""
         super().post_init()
+        if (getattr(self.config, "load_options", None) or LOAD_OPTIONS)["foreign_quantization"]:
+            use_plain_linears(self)
         self.name_present_layers()
 
     def name_present_layers(self) -> None:
@@ -96,12 +99,24 @@ class MoePreTrainedModel(Fp8ModelMixin, PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=std)
 
     def _check_token_ids(self, input_ids: torch.LongTensor) -> None:
-        """Raises `IndexError` for token ids outside of the vocabulary."""
+        """Checks ids (batch, seq) of any integer dtype.
+
+        Raises:
+            ValueError: for ids that are no such tensor, or none at all.
+            IndexError: for ids outside of the vocabulary.
+        """
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
+            what = type(input_ids).__name__
+            if isinstance(input_ids, torch.Tensor):
+                what = f"{tuple(input_ids.shape)} of {input_ids.dtype}"
+            raise ValueError(f"`input_ids` must be integers of shape (batch, seq), got {what}.")
         # On an accelerator the check waits for the device: there only prompts are checked, not training or decoding.
         on_cpu = input_ids.device.type == "cpu"
         is_prompt = input_ids.shape[-1] > 1 and not self.training
-        if torch.compiler.is_compiling() or input_ids.device.type == "meta" or input_ids.numel() == 0:
+        if torch.compiler.is_compiling() or input_ids.device.type == "meta":
             return
+        if not input_ids.numel():
+            raise ValueError(f"`input_ids` of shape {tuple(input_ids.shape)} holds no token.")
         capturing = input_ids.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if on_cpu or (is_prompt and not capturing):
             low, high = (bound.item() for bound in input_ids.aminmax())
@@ -157,6 +172,20 @@ class MoePreTrainedModel(Fp8ModelMixin, PreTrainedModel):
 
     def untie_mtp_tensor(self, duplicate: str) -> None:
         """Gives an MTP layer its own parameter where a checkpoint's copy differs from the original."""
+
+    def mtp_vocabulary(self) -> list[tuple[nn.Module, str]]:
+        """Tables and heads that MTP layers have of their own, as modules and names of their attributes."""
+        return []
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """As in Transformers; the tables and heads that MTP layers have of their own get as many rows."""
+        table = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        for module, name in self.mtp_vocabulary():
+            old = getattr(module, name)
+            resize = self._get_resized_embeddings if isinstance(old, nn.Embedding) else self._get_resized_lm_head
+            new = resize(old, table.num_embeddings, mean_resizing=mean_resizing)
+            setattr(module, name, new.requires_grad_(old.weight.requires_grad))
+        return table
 
     # --- what a family may add to loading ---------------------------------------------------------------------------
 

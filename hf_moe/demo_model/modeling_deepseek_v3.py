@@ -13,6 +13,7 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -30,6 +31,8 @@ from .modeling_base import MoePreTrainedModel
 from .modeling_causal_lm import MTPCausalLMMixin, MTPCausalLMOutputWithPast
 from .modeling_decoder import LatentDecoderMixin
 from .weights_experts import register_expert_converters
+
+logger = logging.get_logger(__name__)
 
 
 class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
@@ -97,9 +100,19 @@ class DeepseekV3PreTrainedModel(MoePreTrainedModel):
     def count_mtp_layers(self, tensor_names: set[str]) -> int:
         # By any of the tensors that only MTP layers have, so that a lost one is noticed as missing.
         own = ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
-        marked = [name.split(".") for name in tensor_names if name.startswith("layers.") and name.endswith(own)]
-        last = max((int(parts[1]) for parts in marked), default=-1)
-        return max(0, last + 1 - self.config.num_hidden_layers)
+        marked = {int(name.split(".")[1]) for name in tensor_names if name.startswith("layers.") and name.endswith(own)}
+        main = self.config.num_hidden_layers
+        count = max(0, max(marked, default=-1) + 1 - main)
+        if count > (self.config.num_nextn_predict_layers or 0) and min(marked) > main:
+            logger.warning(
+                "With `num_hidden_layers=%d` the layers of the checkpoint from %d on are left out, and its MTP layers, "
+                "which follow on layer %d.",
+                main,
+                main,
+                min(marked) - 1,
+            )
+            return 0
+        return count
 
     def mtp_duplicates(self) -> dict[str, str]:
         prefix = "" if self.base_model is self else "model."
@@ -110,6 +123,11 @@ class DeepseekV3PreTrainedModel(MoePreTrainedModel):
             if layer.shared_head.head is None and self.get_output_embeddings() is not None:
                 duplicates[f"{prefix}layers.{index}.shared_head.head.weight"] = "lm_head.weight"
         return duplicates
+
+    def mtp_vocabulary(self) -> list[tuple[nn.Module, str]]:
+        layers = [layer for _, layer in self.base_model.mtp_layers()]
+        places = [(layer, "embed_tokens") for layer in layers] + [(layer.shared_head, "head") for layer in layers]
+        return [(module, name) for module, name in places if getattr(module, name) is not None]
 
     def untie_mtp_tensor(self, duplicate: str) -> None:
         parts = duplicate.removeprefix("model.").split(".")  # layers, index, embed_tokens | shared_head, ...

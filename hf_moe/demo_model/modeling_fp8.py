@@ -75,12 +75,12 @@ class Fp8ModelMixin:
         return super()._apply(fn, recurse)
 
     def half(self, *args):
-        """As in `torch`; a model with FP8 weights says why not."""
-        return nn.Module.half(self)
+        """As in Transformers; a model with FP8 weights says why not."""
+        return nn.Module.half(self) if any(self._fp8_modules()) else super().half(*args)
 
     def float(self, *args):
-        """As in `torch`; a model with FP8 weights says why not."""
-        return nn.Module.float(self)
+        """As in Transformers; a model with FP8 weights says why not."""
+        return nn.Module.float(self) if any(self._fp8_modules()) else super().float(*args)
 
 
 def _on_load(name: str, tensor: Any, request: BlockFp8Config) -> Any:

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
-from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .kernel_tiles import SCALE_BLOCK
+from .op_activation import ACTIVATIONS, FUSED, activation_form
 from .op_expert_lora import ExpertLora
+from .op_expert_options import SCALE_BLOCKS, ExpertOptions
 from .op_experts_cpu import experts_cpu_training
 from .op_experts_traced import experts_traced
 from .op_experts_triton import experts_triton
 from .op_quant import dequantize_rows, quantize_rows
-from .triton_compat import runs_kernels
+from .triton_compat import cdiv, runs_kernels
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_BACKEND_NAME = "hf_moe_triton"
@@ -28,15 +28,21 @@ TRITON_BACKEND_NAME = "hf_moe_triton"
 # --- the definition ---------------------------------------------------------------------------------------------------
 
 
-def expert_weight(weight: torch.Tensor, scale: torch.Tensor | None, expert: int, parts: int = 1) -> torch.Tensor:
+def expert_weight(
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    expert: int,
+    parts: int = 1,
+    block_size: tuple[int, int] = SCALE_BLOCKS,
+) -> torch.Tensor:
     """One expert's matrix, FP8 expanded: (O, I) float32 then. `parts` matrices of O / parts rows are stacked in it,
-    each with 128 x 128 blocks of its own."""
+    each with blocks of its own."""
     if scale is None:
         return weight[expert]
     pieces = []
     for rows, scales in zip(weight[expert].float().chunk(parts), scale[expert].float().chunk(parts)):
-        wide = scales.repeat_interleave(SCALE_BLOCK, 0)[: rows.shape[0]]
-        pieces.append(rows * wide.repeat_interleave(SCALE_BLOCK, 1)[:, : rows.shape[1]])
+        wide = scales.repeat_interleave(block_size[0], 0)[: rows.shape[0]]
+        pieces.append(rows * wide.repeat_interleave(block_size[1], 1)[:, : rows.shape[1]])
     return torch.cat(pieces)
 
 
@@ -57,6 +63,9 @@ def experts_torch(
     lora: ExpertLora | None = None,
     quantize: bool | None = None,
     ue8m0: bool = False,
+    activation: str = "silu",
+    limit: float = 0.0,
+    block_size: tuple[int, int] = SCALE_BLOCKS,
 ) -> torch.Tensor:
     """The definition of `experts`, in float32 (float64 for float64 tokens) from the inputs as they are; gradients by
     autograd. Waits for the device. `quantize=None` does not quantise."""
@@ -71,13 +80,16 @@ def experts_torch(
         token, choice = torch.where(topk_indices == expert)
         if token.numel() == 0:
             continue
-        pre = F.linear(multiplied[token], expert_weight(gate_up_proj, gate_up_scale, expert, 2).to(wide))  # (rows, 2I)
+        matrix = expert_weight(gate_up_proj, gate_up_scale, expert, 2, block_size).to(wide)
+        pre = F.linear(multiplied[token], matrix)  # (rows, 2I)
         if lora.gate_up_a is not None:
             low = F.linear(dropped[token], lora.gate_up_a[expert].to(wide))
             pre = pre + lora.gate_up_scaling * F.linear(low, lora.gate_up_b[expert].to(wide))
         gate, up = pre.chunk(2, dim=-1)
-        inner = F.silu(gate) * up  # (rows, I)
-        down = expert_weight(down_proj, down_scale, expert).to(wide)
+        if limit:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        inner = ACTIVATIONS[activation].value(gate) * up  # (rows, I)
+        down = expert_weight(down_proj, down_scale, expert, 1, block_size).to(wide)
         rows, quantized = F.linear(inner, down), F.linear(_as_quantized(inner, ue8m0), down) if quantize else None
         if lora.down_a is not None:
             if lora.kept_inner is not None:
@@ -94,7 +106,7 @@ def experts_torch(
     return output.to(hidden_states.dtype)
 
 
-def _check(hidden, topk_indices, topk_weights, weights: tuple, lora: ExpertLora, quantize: bool | None) -> None:
+def _check(hidden, topk_indices, topk_weights, weights: tuple, lora: ExpertLora, options: ExpertOptions) -> None:
     gate_up_proj, down_proj, gate_up_scale, down_scale = weights
     tokens, width = hidden.shape
     num_experts, rows, columns = gate_up_proj.shape
@@ -108,12 +120,14 @@ def _check(hidden, topk_indices, topk_weights, weights: tuple, lora: ExpertLora,
         raise ValueError(
             f"topk_indices {tuple(topk_indices.shape)} and topk_weights {tuple(topk_weights.shape)} for {tokens} tokens"
         )
-    if quantize and (gate_up_scale is None or down_scale is None):
+    if options.activation not in ACTIVATIONS:
+        raise ValueError(f"experts have no activation {options.activation!r}: one of {', '.join(ACTIVATIONS)}")
+    if options.quantize and (gate_up_scale is None or down_scale is None):
         raise ValueError("quantize=True needs FP8 weights: plain ones are multiplied with the tokens as they are")
-    blocks = [-(-size // SCALE_BLOCK) for size in (inter, width)]
+    rows_by, columns_by = options.block_size
     for name, weight, scale, grid in (
-        ("gate_up_proj", gate_up_proj, gate_up_scale, (num_experts, 2 * blocks[0], blocks[1])),
-        ("down_proj", down_proj, down_scale, (num_experts, blocks[1], blocks[0])),
+        ("gate_up_proj", gate_up_proj, gate_up_scale, (num_experts, 2 * cdiv(inter, rows_by), cdiv(width, columns_by))),
+        ("down_proj", down_proj, down_scale, (num_experts, cdiv(width, rows_by), cdiv(inter, columns_by))),
     ):
         if (weight.dtype == torch.float8_e4m3fn) != (scale is not None):
             raise ValueError(f"{name} is {weight.dtype} and its scale is {'missing' if scale is None else 'given'}")
@@ -148,8 +162,11 @@ def experts(
     quantize: bool | None = False,
     ue8m0: bool = False,
     impl: str | None = None,
+    activation: str = "silu",
+    limit: float = 0.0,
+    block_size: tuple[int, int] = SCALE_BLOCKS,
 ) -> torch.Tensor:
-    """Sum over a token's choices of weight * down(silu(gate(x)) * up(x)), on kernels where there are any.
+    """Sum over a token's choices of weight * down(activation(gate(x)) * up(x)), on kernels where there are any.
 
     Args:
         hidden_states: (T, H) bfloat16, float16 or float32.
@@ -157,7 +174,8 @@ def experts(
         topk_weights: (T, K) floating point.
         gate_up_proj: (E, 2I, H), gate rows first: in the dtype of the tokens, or frozen float8_e4m3fn.
         down_proj: (E, H, I), likewise.
-        gate_up_scale: (E, 2 * ceil(I / 128), ceil(H / 128)) float32 or float8_e8m0fnu, the gate's rows first.
+        gate_up_scale: (E, 2 * ceil(I / 128), ceil(H / 128)) float32 or float8_e8m0fnu, the gate's rows first; where
+            `block_size` is another, in its rows and columns.
         down_scale: (E, ceil(H / 128), ceil(I / 128)), likewise.
         lora: low-rank factors that go along.
         quantize: multiply FP8 weights with tokens and inner rows that were quantised in groups of 128 (W8A8; gradients
@@ -165,63 +183,99 @@ def experts(
             with enough tokens to be bound by arithmetic, and without a backward pass.
         ue8m0: the scales of quantised rows are powers of two.
         impl: `"triton"`, `"cpu"` (one expert after another) or `"torch"` (the definition); by the device if not given.
+        activation: of the gate, one of `op_activation.ACTIVATIONS`; kernels know those of `op_activation.FUSED`.
+        limit: if not 0, the gate goes into the activation up to it, and its factor from minus to plus it.
+        block_size: rows and columns of FP8 weights that share a scale; kernels know 128 x 128.
 
     Returns (T, H) in the dtype of the tokens, differentiable in tokens, routing weights, weights that are no FP8, and
     factors. On kernels, the same inputs give the same bits, and nothing waits for the device.
 
     Raises:
-        ValueError: if shapes or dtypes do not belong together.
+        ValueError: if shapes or dtypes do not belong together, or kernels are asked for what they do not know.
     """
     weights = (gate_up_proj, down_proj, gate_up_scale, down_scale)
-    _check(hidden_states, topk_indices, topk_weights, weights, lora or ExpertLora(), quantize)
+    options = ExpertOptions(quantize, ue8m0, activation, float(limit), tuple(block_size))
+    _check(hidden_states, topk_indices, topk_weights, weights, lora or ExpertLora(), options)
+    fused = activation in FUSED and (gate_up_scale is None or options.block_size == SCALE_BLOCKS)
     if impl is None and hidden_states.device.type == "cpu":
-        impl = "torch" if quantize else "cpu"
-    impl = impl or ("triton" if runs_kernels(hidden_states.device) else "torch")
+        impl = "cpu"
+    impl = impl or ("triton" if fused and runs_kernels(hidden_states.device) else "torch")
+    if impl == "triton" and not fused:
+        raise ValueError(
+            f"the kernels know the activations {', '.join(FUSED)} and FP8 blocks of 128 x 128, "
+            f"not {activation} and {tuple(block_size)}"
+        )
     tensors = (topk_weights, gate_up_proj, down_proj, *(lora.factors if lora else ()))
     if hidden_states.shape[0] == 0:
         # Nothing to do, but everything takes part in the backward pass.
         trained = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
         return sum((tensor[:0].sum().to(hidden_states.dtype) for tensor in trained), hidden_states.clone())
     if impl == "torch":
-        return experts_torch(hidden_states, topk_indices, topk_weights, *weights, lora, quantize, ue8m0)
-    lora = lora or ExpertLora()
+        return experts_torch(hidden_states, topk_indices, topk_weights, *weights, lora, *options)
+    lora, dtype = lora or ExpertLora(), hidden_states.dtype
+    if impl == "cpu" and hidden_states.shape[0] == 1:
+        # Roundings of a single token meet in a few sums, such as one for a routing weight's gradient.
+        hidden_states = hidden_states.to(torch.promote_types(dtype, torch.float32))
     inputs = (hidden_states, topk_indices, topk_weights, weights, lora)
     with_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (hidden_states, *tensors)
     )
     if torch.compiler.is_compiling():
-        return experts_traced(*inputs, quantize, ue8m0, impl, with_grad)
+        return experts_traced(*inputs, options, impl, with_grad).to(dtype)
     if impl == "cpu":
-        return experts_cpu_training(*inputs, with_grad)
-    return experts_triton(*inputs, quantize, ue8m0)
+        return experts_cpu_training(*inputs, options, with_grad).to(dtype)
+    return experts_triton(*inputs, options)
 
 
 # --- as a backend of Transformers' experts interface ------------------------------------------------------------------
 
 
-def is_silu(act_fn) -> bool:
-    """Whether an activation is the one that `experts` computes."""
-    return isinstance(act_fn, torch.nn.SiLU | SiLUActivation)
+# Classes of Transformers with a gate of their own that is known here: which of their attributes limits it, if one does.
+_KNOWN_GATES = {
+    "BeamExperts": None,  # the default one, with a word on its precision
+    "DeepseekV4Experts": "limit",
+    "Glm5NextTextExperts": "swiglu_limit",
+    "HYV4Experts": "swiglu_limit",
+}
 
 
-def why_not_kernels(module: torch.nn.Module, device: torch.device) -> str | None:
-    """What keeps the kernels from computing an experts module on `device`; `None` if nothing does.
+def gate_of(module: torch.nn.Module) -> tuple[str | None, float] | None:
+    """Activation, a form of `op_activation` if it is one, and limit of an experts module's gate; `None` for another."""
+    kind, attribute = type(module), None
+    if kind._apply_gate.__name__ != "_default_apply_gate":
+        if not kind.__module__.startswith("transformers.models.") or kind.__name__ not in _KNOWN_GATES:
+            return None
+        attribute = _KNOWN_GATES[kind.__name__]
+    limit = 0.0 if attribute is None else float(getattr(module, attribute))
+    return activation_form(getattr(module, "act_fn", F.silu)), limit
+
+
+def why_not_ours(module: torch.nn.Module) -> str | None:
+    """What of an experts module's layout or gate keeps `experts` from computing it; `None` if nothing does.
 
     `module` is any class under Transformers' `use_experts_implementation`, such as those of Qwen3-MoE and Mixtral.
     """
-    if not runs_kernels(device):
-        return f"kernels need Triton and a CUDA device of compute capability 8.0 or more; the tokens are on {device}"
     if module.is_transposed or module.has_bias or not module.has_gate or not getattr(module, "is_concatenated", True):
         return "the weights must be stacked as (E, 2I, H), gate rows first, and (E, H, I), without biases"
     if getattr(module, "has_post_expert_norm", False):
         return "experts with a norm of their own are not supported"
-    if type(module)._apply_gate.__name__ != "_default_apply_gate":
+    if gate_of(module) is None:
         return f"{type(module).__name__} combines gate and up in a way of its own"
-    if not is_silu(module.act_fn):
-        return f"the activation must be silu, not {module.act_fn}"
+    return None
+
+
+def why_not_kernels(module: torch.nn.Module, device: torch.device) -> str | None:
+    """What keeps the kernels from computing an experts module on `device`; `None` if nothing does."""
+    if not runs_kernels(device):
+        return f"kernels need Triton and a CUDA device of compute capability 8.0 or more; the tokens are on {device}"
+    reason = why_not_ours(module)
+    if reason is not None:
+        return reason
+    if gate_of(module)[0] not in FUSED:
+        return f"the activation must be one of {', '.join(FUSED)}, not {module.act_fn}"
     fp8 = getattr(module, "fp8", None)
-    if fp8 is not None and tuple(fp8.block_size) != (SCALE_BLOCK, SCALE_BLOCK):
-        return f"FP8 blocks must be {SCALE_BLOCK} x {SCALE_BLOCK}, not {tuple(fp8.block_size)}"
+    if fp8 is not None and tuple(fp8.block_size) != SCALE_BLOCKS:
+        return f"FP8 blocks must be 128 x 128, not {tuple(fp8.block_size)}"
     weights = (module.gate_up_proj, module.down_proj)
     allowed = (torch.float8_e4m3fn,) if fp8 is not None else KERNEL_DTYPES
     if any(weight.dtype not in allowed or not weight.is_contiguous() for weight in weights):
@@ -251,6 +305,7 @@ def experts_on_kernels(
     scales = (getattr(module, f"{name}_scale_inv", None) for name in ("gate_up_proj", "down_proj"))
     inputs = (hidden_states, topk_indices, topk_weights, *weights, *scales)
     options = {"quantize": quantize, "ue8m0": fp8 is not None and fp8.ue8m0}
+    options["activation"], options["limit"] = gate_of(module)
     return experts(*inputs, lora=lora, **options, impl="triton")
 
 

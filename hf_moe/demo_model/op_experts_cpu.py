@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
 
-from .op_quant import dequantize_block_fp8
+from .op_activation import ACTIVATIONS
+from .op_expert_options import ExpertOptions
+from .op_quant import FP8, dequantize_block_fp8, dequantize_rows, quantize_rows
 
 
 class Fixed(NamedTuple):
@@ -24,11 +25,10 @@ class Fixed(NamedTuple):
     topk_indices: torch.Tensor
     gate_up_scale: torch.Tensor | None
     down_scale: torch.Tensor | None
-    gate_up_scaling: float
-    down_scaling: float
+    alphas: tuple[float, float]  # factors of both low-rank products
     kept_hidden: torch.Tensor | None  # (T, H) bool
     kept_inner: torch.Tensor | None  # (N, I) bool
-    kept_factor: float
+    options: ExpertOptions
 
 
 # oneDNN, which multiplies bfloat16 and float16, compiles a kernel for every number of rows that it meets. In steps of
@@ -74,25 +74,51 @@ def num_rows(topk_indices: torch.Tensor, num_experts: int, dtype: torch.dtype) -
     return topk_indices.numel() + (num_experts * (_ROWS_STEP - 1) if dtype.itemsize == 2 else 0)
 
 
-def _matrix(weight: torch.Tensor, scale: torch.Tensor | None, expert: int, dtype: torch.dtype, parts: int):
+def _matrix(
+    weight: torch.Tensor, scale: torch.Tensor | None, expert: int, dtype: torch.dtype, fixed: Fixed, parts: int
+):
     if scale is None:
         return weight[expert].to(dtype)  # under autocast, weights may be wider than the tokens
-    return dequantize_block_fp8(weight[expert], scale[expert], parts=parts).to(dtype)
+    return dequantize_block_fp8(weight[expert], scale[expert], fixed.options.block_size, parts=parts).to(dtype)
 
 
-def _keep(rows: torch.Tensor, kept: torch.Tensor | None, at: torch.Tensor, factor: float) -> torch.Tensor:
-    """`rows` after dropout."""
-    return rows if kept is None else rows * kept[at] * factor
+def _multiplied(rows: torch.Tensor, wide: torch.Tensor | None, operands: torch.dtype, fixed: Fixed) -> torch.Tensor:
+    """What a weight is multiplied with: `rows` as they are or, as `wide` as sums, the values they are quantised to."""
+    if not fixed.options.quantize:
+        return rows.to(operands)
+    return dequantize_rows(*quantize_rows(wide, ue8m0=fixed.options.ue8m0)).to(operands)
 
 
-def _product(rows: torch.Tensor, matrix: torch.Tensor, low: torch.Tensor | None, b: torch.Tensor | None):
-    """`rows @ matrix + low @ b`; the wide product is added to the narrow one, which costs no pass of its own."""
-    return rows @ matrix if low is None else torch.mm(low, b).addmm_(rows, matrix)
+def _operands(count: int, dtype: torch.dtype, weight: torch.Tensor | None = None) -> torch.dtype:
+    """The dtype in which `count` rows are multiplied with one another, or with FP8 weights.
+
+    Sums are stored in the dtype of the product. For few rows it is that of sums: what is spared is one rounding, and
+    takes no longer since weights are decoded to float32 anyway."""
+    few = count <= _ROWS_STEP and (weight is None or weight.dtype == FP8)
+    return torch.promote_types(dtype, torch.float32) if few else dtype
 
 
-def _write_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-    """`out[...] = left @ right`, in the dtype of `out` where it is wider."""
-    if out.dtype == left.dtype:
+def _limited(gate: torch.Tensor, up: torch.Tensor, fixed: Fixed) -> tuple[torch.Tensor, torch.Tensor]:
+    limit = fixed.options.limit
+    return (gate.clamp(max=limit), up.clamp(-limit, limit)) if limit else (gate, up)
+
+
+def _keep(rows: torch.Tensor, kept: torch.Tensor | None, at: torch.Tensor) -> torch.Tensor:
+    """`rows` after dropout, without its factor: that is part of the scalings."""
+    return rows if kept is None else rows * kept[at]
+
+
+def _add_low(total: torch.Tensor, small: torch.Tensor, factor: torch.Tensor, kept=None, at=None) -> torch.Tensor:
+    """`total + small @ factor`, of which dropout may have kept a part, in the memory of `total`."""
+    if kept is None:
+        return total.addmm_(small, factor)
+    return total.add_(_keep(small @ factor, kept, at))
+
+
+def _write_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, dtype: torch.dtype) -> None:
+    """`out[...] = left @ right`, multiplied in `dtype`, which may be narrower than `out`."""
+    left, right = left.to(dtype), right.to(dtype)
+    if out.dtype == dtype:
         torch.mm(left, right, out=out)
     else:
         out.copy_(left @ right)
@@ -101,42 +127,44 @@ def _write_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -
 def forward(inputs: tuple, fixed: Fixed, save: bool) -> tuple[torch.Tensor, tuple]:
     """Output (T, H); with `save`, the low-rank rows (N, R) of both products, scaled and sorted, and gate and up (n, 2I)
     of every expert that has rows. `inputs`: tokens, routing weights, both stacks, and the four factors."""
-    hidden, topk_weights, gate_up_proj, down_proj, *factors = inputs
+    hidden, topk_weights, gate_up_proj, down_proj, gate_up_a, gate_up_b, down_a, down_b = inputs
     num_experts, dtype = gate_up_proj.shape[0], hidden.dtype
-    gate_up_a, gate_up_b, down_a, down_b = (factor if factor is None else factor.to(dtype) for factor in factors)
+    wide = torch.promote_types(dtype, torch.float32)
+    value = ACTIVATIONS[fixed.options.activation].value
     slots = num_rows(fixed.topk_indices, num_experts, dtype)
-    low = hidden.new_empty(slots, gate_up_a.shape[1]) if save and gate_up_a is not None else None
-    low_inner = hidden.new_empty(slots, down_a.shape[1]) if save and down_a is not None else None
+    low = hidden.new_empty(slots, gate_up_a.shape[1], dtype=wide) if save and gate_up_a is not None else None
+    low_inner = hidden.new_empty(slots, down_a.shape[1], dtype=wide) if save and down_a is not None else None
     # One tensor an expert: a large one would come as fresh pages from the system in every step.
     pre = []
-    output = hidden.new_zeros(hidden.shape, dtype=torch.promote_types(dtype, torch.float32))
-    topk_weights = topk_weights.to(output.dtype)
+    output = hidden.new_zeros(hidden.shape, dtype=wide)
+    topk_weights = topk_weights.to(wide)
     for rows_of_expert in rows_by_expert(fixed.topk_indices, num_experts, dtype):
         expert, at, places, tokens, count = rows_of_expert
+        operands = wide if fixed.options.quantize else _operands(len(tokens), dtype, gate_up_proj)
         x = hidden.index_select(0, tokens)
-        small = b = None
+        x_wide = x.to(wide) if operands == wide or gate_up_a is not None else None
+        matrix = _matrix(gate_up_proj, fixed.gate_up_scale, expert, operands, fixed, 2)
+        product = _multiplied(x, x_wide, operands, fixed) @ matrix.t()  # (n, 2I)
+        both = product.to(wide)
         if gate_up_a is not None:
-            small = _keep(x, fixed.kept_hidden, tokens, fixed.kept_factor) @ gate_up_a[expert].t()
-            small, b = small.mul_(fixed.gate_up_scaling), gate_up_b[expert].t()
+            small = (_keep(x_wide, fixed.kept_hidden, tokens) @ gate_up_a[expert].to(wide).t()).mul_(fixed.alphas[0])
+            both = both.addmm_(small, gate_up_b[expert].to(wide).t())
             if save:
                 low[at] = small
-        both = _product(x, _matrix(gate_up_proj, fixed.gate_up_scale, expert, dtype, 2).t(), small, b)
         if save:
-            pre.append(both)
-        del x
-        gate, up = both.chunk(2, dim=-1)
-        inner = F.silu(gate).mul_(up)  # (n, I)
+            pre.append(product if product.dtype == dtype and gate_up_a is None else both.to(dtype))
+        del x, x_wide, product, matrix
+        gate, up = _limited(*both.chunk(2, dim=-1), fixed)
+        inner = value(gate).mul_(up)  # (n, I)
         del both, gate, up
-        small = b = None
+        matrix = _matrix(down_proj, fixed.down_scale, expert, operands, fixed, 1)
+        rows = (_multiplied(inner, inner, operands, fixed) @ matrix.t()).to(wide)  # (n, H)
         if down_a is not None:
-            small = _keep(inner, fixed.kept_inner, places, fixed.kept_factor) @ down_a[expert].t()
-            small, b = small.mul_(fixed.down_scaling), down_b[expert].t()
+            small = (_keep(inner, fixed.kept_inner, places) @ down_a[expert].to(wide).t()).mul_(fixed.alphas[1])
+            rows = rows.addmm_(small, down_b[expert].to(wide).t())
             if save:
                 low_inner[at] = small
-        rows = _product(inner, _matrix(down_proj, fixed.down_scale, expert, dtype, 1).t(), small, b)  # (n, H)
-        weight = rows_of_expert.weights(topk_weights)
-        rows = rows.mul_(weight) if rows.dtype == output.dtype else rows * weight
-        output.index_add_(0, tokens[:count], rows[:count])
+        output.index_add_(0, tokens[:count], rows.mul_(rows_of_expert.weights(topk_weights))[:count])
     return output.to(dtype), (low, low_inner, *pre)
 
 
@@ -171,8 +199,7 @@ def backward(grad_output: torch.Tensor, inputs: tuple, fixed: Fixed, saved: tupl
         else None
         for index, (tensor, need) in enumerate(zip(inputs, needs))
     ]
-    cast = (factor if factor is None else factor.to(hidden.dtype) for factor in factors)
-    together = _Inputs(hidden, topk_weights, gate_up_proj, down_proj, *cast, low, low_inner)
+    together = _Inputs(hidden, topk_weights.to(grads[0].dtype), gate_up_proj, down_proj, *factors, low, low_inner)
     for rows, both in zip(rows_by_expert(fixed.topk_indices, gate_up_proj.shape[0], hidden.dtype), pre):
         _backward_expert(rows, both, grad_output, together, fixed, grads)
     grads[:2] = [grad.to(tensor.dtype) for grad, tensor in zip(grads[:2], inputs)]
@@ -180,7 +207,7 @@ def backward(grad_output: torch.Tensor, inputs: tuple, fixed: Fixed, saved: tupl
 
 
 class _Inputs(NamedTuple):
-    """Tensors of a call, factors in the dtype of the tokens, and the low-rank rows of its forward pass."""
+    """Tensors of a call, and the low-rank rows of its forward pass."""
 
     hidden: torch.Tensor
     topk_weights: torch.Tensor
@@ -197,73 +224,75 @@ class _Inputs(NamedTuple):
 def _backward_expert(rows: _Rows, pre, grad_output: torch.Tensor, inputs: _Inputs, fixed: Fixed, grads: list) -> None:
     """Adds one expert's part to `grads`: of tokens, routing weights, both weights and the four factors."""
     expert, at, slots, tokens, count = rows
-    dtype, down_a, down_b = inputs.hidden.dtype, inputs.down_a, inputs.down_b
+    dtype, wide = inputs.hidden.dtype, grads[0].dtype
+    narrow = _operands(len(slots), dtype)
+    activation = ACTIVATIONS[fixed.options.activation]
     weight = rows.weights(inputs.topk_weights)  # (n, 1)
-    gate, up = pre.chunk(2, dim=-1)
-    sums = grad_output.index_select(0, tokens)  # (n, H)
-    activated = F.silu(gate)
+    gate, up = _limited(*pre.to(wide).chunk(2, dim=-1), fixed)
+    activated = activation.value(gate)
     inner = activated * up  # (n, I)
-    matrix = _matrix(inputs.down_proj, fixed.down_scale, expert, dtype, 1)
-    if down_a is None:
-        grad_inner = sums @ matrix
-    else:
-        small = (sums @ down_b[expert]).mul_(fixed.down_scaling)  # (n, R)
-        if fixed.kept_inner is None:
-            grad_inner, kept = _product(sums, matrix, small, down_a[expert]), inner
-        else:
-            kept = _keep(inner, fixed.kept_inner, slots, fixed.kept_factor)
-            grad_inner = _keep(small @ down_a[expert], fixed.kept_inner, slots, fixed.kept_factor)
-            grad_inner = grad_inner.addmm_(sums, matrix)
-        if grads[6] is not None:
-            _write_product((small * weight).to(dtype).t(), kept, grads[6][expert])
-        if grads[7] is not None:
-            _write_product((inputs.low_inner[at] * weight).to(dtype).t(), sums, grads[7][expert].t())
-        del kept
+    sums = grad_output.index_select(0, tokens)  # (n, H)
+    # Rows that were quantised pass their gradient as if they had not been.
+    operands = _operands(len(slots), dtype, inputs.down_proj)
+    matrix = _matrix(inputs.down_proj, fixed.down_scale, expert, operands, fixed, 1)
+    grad_inner = (sums.to(operands) @ matrix).to(wide)
     del matrix
+    if inputs.down_a is not None:
+        small = (sums.to(wide) @ inputs.down_b[expert].to(wide)).mul_(fixed.alphas[1])  # (n, R)
+        grad_inner = _add_low(grad_inner, small, inputs.down_a[expert].to(wide), fixed.kept_inner, slots)
+        if grads[6] is not None:
+            # With FP8 weights, whose decoded values are rounded, these two would be one rounding too many.
+            exact = wide if inputs.down_proj.dtype == FP8 else narrow
+            _write_product((small * weight).t(), _keep(inner, fixed.kept_inner, slots), grads[6][expert], exact)
+        if grads[7] is not None:
+            _write_product((inputs.low_inner[at] * weight).t(), sums, grads[7][expert].t(), narrow)
     # Each slot once: nothing to add to.
-    dots = torch.linalg.vecdot(grad_inner.to(grads[1].dtype), inner.to(grads[1].dtype))
-    grads[1].view(-1)[slots[:count]] = dots[:count]
-    grad_inner = grad_inner.mul_(weight) if weight.dtype == dtype else (grad_inner * weight).to(dtype)
+    grads[1].view(-1)[slots[:count]] = torch.linalg.vecdot(grad_inner, inner)[:count].to(grads[1].dtype)
+    grad_inner = grad_inner.mul_(weight)
     if grads[3] is not None:
-        torch.mm((sums * weight).to(dtype).t(), inner, out=grads[3][expert])
+        _write_product((sums * weight).t(), inner, grads[3][expert], dtype)
     del sums, inner
-    grad_pre = torch.empty_like(pre)
+    grad_pre = pre.new_empty(pre.shape, dtype=wide)
     half = gate.shape[1]
     torch.mul(grad_inner, activated, out=grad_pre[:, half:])
     del activated
-    torch.ops.aten.silu_backward.grad_input(grad_inner.mul_(up), gate, grad_input=grad_pre[:, :half])
-    del grad_inner
+    activation.grad(grad_inner.mul_(up), gate, grad_pre[:, :half])
+    if fixed.options.limit:
+        passes = torch.cat((pre[:, :half] <= fixed.options.limit, pre[:, half:].abs() <= fixed.options.limit), 1)
+        grad_pre.mul_(passes)
+    del grad_inner, gate, up
     _backward_gate_up(rows, grad_pre, inputs, fixed, grads)
 
 
-def _backward_gate_up(rows: _Rows, grad_pre: torch.Tensor, inputs: _Inputs, fixed: Fixed, grads: list) -> None:
+def _backward_gate_up(rows: _Rows, grad_wide: torch.Tensor, inputs: _Inputs, fixed: Fixed, grads: list) -> None:
     expert, at, _, tokens, count = rows
-    hidden, gate_up_a, gate_up_b = inputs.hidden, inputs.gate_up_a, inputs.gate_up_b
-    matrix = _matrix(inputs.gate_up_proj, fixed.gate_up_scale, expert, hidden.dtype, 2)
+    hidden, wide = inputs.hidden, grads[0].dtype
+    dtype = hidden.dtype
+    operands = _operands(len(tokens), dtype, inputs.gate_up_proj)
+    narrow = _operands(len(tokens), dtype)
+    grad_pre = grad_wide.to(narrow)  # (n, 2I)
+    matrix = _matrix(inputs.gate_up_proj, fixed.gate_up_scale, expert, operands, fixed, 2)
+    grad_x = (grad_pre.to(operands) @ matrix).to(wide)  # (n, H)
+    del matrix
     x = hidden.index_select(0, tokens) if grads[2] is not None or grads[4] is not None else None
     if grads[2] is not None:
-        torch.mm(grad_pre.t(), x, out=grads[2][expert])
-    if gate_up_a is None:
-        grad_x = grad_pre @ matrix  # (n, H)
-    else:
-        small = (grad_pre @ gate_up_b[expert]).mul_(fixed.gate_up_scaling)  # (n, R)
-        if fixed.kept_hidden is None:
-            grad_x = _product(grad_pre, matrix, small, gate_up_a[expert])
-        else:
-            grad_x = _keep(small @ gate_up_a[expert], fixed.kept_hidden, tokens, fixed.kept_factor)
-            grad_x = grad_x.addmm_(grad_pre, matrix)
+        _write_product(grad_pre.t(), x, grads[2][expert], dtype)
+    if inputs.gate_up_a is not None:
+        small = (grad_wide @ inputs.gate_up_b[expert].to(wide)).mul_(fixed.alphas[0])  # (n, R)
+        grad_x = _add_low(grad_x, small, inputs.gate_up_a[expert].to(wide), fixed.kept_hidden, tokens)
         if grads[4] is not None:
-            _write_product(small.t(), _keep(x, fixed.kept_hidden, tokens, fixed.kept_factor), grads[4][expert])
+            _write_product(small.t(), _keep(x, fixed.kept_hidden, tokens), grads[4][expert], narrow)
         if grads[5] is not None:
-            _write_product(inputs.low[at].t(), grad_pre, grads[5][expert].t())
-    grads[0].index_add_(0, tokens[:count], grad_x[:count].to(grads[0].dtype))
+            _write_product(inputs.low[at].t(), grad_pre, grads[5][expert].t(), narrow)
+    grads[0].index_add_(0, tokens[:count], grad_x[:count])
 
 
-def experts_cpu_training(hidden, topk_indices, topk_weights, weights: tuple, lora, with_grad: bool) -> torch.Tensor:
-    """`op_experts.experts` without quantised rows: `weights` are gate-up, down and their scales, `lora` an
-    `ExpertLora`. Plain factors are in the dtype of the tokens."""
-    gate_up_proj, down_proj, gate_up_scale, down_scale = weights
-    fixed = fix(topk_indices, gate_up_scale, down_scale, lora)
+def experts_cpu_training(
+    hidden, topk_indices, topk_weights, weights: tuple, lora, options: ExpertOptions, with_grad: bool
+) -> torch.Tensor:
+    """`op_experts.experts`: `weights` are gate-up, down and their scales, `lora` an `ExpertLora`."""
+    gate_up_proj, down_proj, *scales = weights
+    fixed = fix(topk_indices, scales, lora, options)
     inputs = (hidden, topk_weights, gate_up_proj, down_proj)
     with torch.autocast(hidden.device.type, enabled=False):
         if with_grad:
@@ -271,8 +300,7 @@ def experts_cpu_training(hidden, topk_indices, topk_weights, weights: tuple, lor
         return forward((*inputs, *lora.factors), fixed, save=False)[0]
 
 
-def fix(topk_indices, gate_up_scale, down_scale, lora) -> Fixed:
+def fix(topk_indices, scales, lora, options: ExpertOptions) -> Fixed:
     """What `forward` and `backward` take beside their inputs."""
-    scalings = (lora.gate_up_scaling, lora.down_scaling)
-    kept = (lora.kept_hidden, lora.kept_inner, lora.kept_factor)
-    return Fixed(topk_indices, gate_up_scale, down_scale, *scalings, *kept)
+    kept = (lora.kept_hidden, lora.kept_inner)
+    return Fixed(topk_indices, *scales, lora.alphas, *kept, options)

@@ -14,6 +14,7 @@ from .kernel_routing import build_layout
 from .kernel_tiles import tile_rows
 from .op_custom import opaque
 from .op_expert_lora import ExpertLora
+from .op_expert_options import ExpertOptions
 from .op_experts_cpu import backward as backward_cpu
 from .op_experts_cpu import experts_cpu_training, fix, num_rows, rows_by_expert
 from .op_experts_cpu import forward as forward_cpu
@@ -27,15 +28,16 @@ _TRAINED = (0, 2, 3, 4, 7, 8, 9, 10)
 
 
 def experts_traced(
-    hidden, topk_indices, topk_weights, weights: tuple, lora: ExpertLora, quantize, ue8m0: bool, impl: str, with_grad
+    hidden, topk_indices, topk_weights, weights: tuple, lora: ExpertLora, options: ExpertOptions, impl: str, with_grad
 ) -> torch.Tensor:
     """`op_experts.experts` while a graph is traced; `impl` is `"triton"` or `"cpu"`."""
     kept = (lora.kept_hidden, lora.kept_inner)
     numbers = (float(lora.gate_up_scaling), float(lora.down_scaling), float(lora.dropout))
     arguments = (hidden, topk_indices, topk_weights, *weights, *lora.factors, *kept, *numbers)
+    choices = (options.ue8m0, options.activation, options.limit, list(options.block_size), impl)
     if with_grad:
-        return _training_op(*arguments, bool(quantize), ue8m0, impl)[0]
-    return _inference_op(*arguments, quantize, ue8m0, impl)
+        return _training_op(*arguments, bool(options.quantize), *choices)[0]
+    return _inference_op(*arguments, options.quantize, *choices)
 
 
 @opaque("experts")
@@ -58,14 +60,18 @@ def _inference_op(
     dropout: float,
     quantize: bool | None,
     ue8m0: bool,
+    activation: str,
+    limit: float,
+    block_size: list[int],
     impl: str,
 ) -> torch.Tensor:
     factors, kept = (gate_up_a, gate_up_b, down_a, down_b), (kept_hidden, kept_inner)
     lora = ExpertLora(*factors, gate_up_scaling, down_scaling, *kept, dropout)
-    inputs = (hidden, topk_indices, topk_weights, (gate_up_proj, down_proj, gate_up_scale, down_scale), lora)
+    options = ExpertOptions(quantize, ue8m0, activation, limit, tuple(block_size))
+    inputs = (hidden, topk_indices, topk_weights, (gate_up_proj, down_proj, gate_up_scale, down_scale), lora, options)
     if impl == "cpu":
         return experts_cpu_training(*inputs, with_grad=False)
-    return experts_triton(*inputs, quantize, ue8m0)
+    return experts_triton(*inputs)
 
 
 @_inference_op.register_fake
@@ -93,13 +99,17 @@ def _training_op(
     dropout: float,
     quantize: bool,
     ue8m0: bool,
+    activation: str,
+    limit: float,
+    block_size: list[int],
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output (T, H); gate and up of the sorted rows, (rows, 2I); low-rank rows of both products, (rows, R) or empty."""
     factors, kept = (gate_up_a, gate_up_b, down_a, down_b), (kept_hidden, kept_inner)
     lora = ExpertLora(*factors, gate_up_scaling, down_scaling, *kept, dropout)
+    options = ExpertOptions(quantize, ue8m0, activation, limit, tuple(block_size))
     if impl == "cpu":
-        fixed = fix(topk_indices, gate_up_scale, down_scale, lora)
+        fixed = fix(topk_indices, (gate_up_scale, down_scale), lora, options)
         inputs = (hidden, topk_weights, gate_up_proj, down_proj, *factors)
         output, (low, low_inner, *pieces) = forward_cpu(inputs, fixed, save=True)
         rows = num_rows(topk_indices, gate_up_proj.shape[0], hidden.dtype)
@@ -109,7 +119,7 @@ def _training_op(
             pre[place : place + len(piece)] = piece
             place += len(piece)
     else:
-        plan = make_plan(topk_indices, (gate_up_scale, down_scale), lora, quantize, ue8m0)
+        plan = make_plan(topk_indices, (gate_up_scale, down_scale), lora, options)
         inputs = contiguous_inputs(hidden, topk_weights, gate_up_proj, down_proj, lora)
         with on_device(hidden):
             output, (_, pre, low, low_inner) = forward_triton(inputs, plan, save=True)
@@ -122,7 +132,11 @@ def _(hidden, topk_indices, topk_weights, gate_up_proj, down_proj, gate_up_scale
     gate_up_a, _, down_a, *_, impl = others
     on_cpu = impl == "cpu"
     rows = num_rows(topk_indices, gate_up_proj.shape[0], hidden.dtype) if on_cpu else topk_indices.numel()
-    low = (hidden.new_empty(0) if a is None else hidden.new_empty(rows, a.shape[1]) for a in (gate_up_a, down_a))
+    dtype = torch.promote_types(hidden.dtype, torch.float32) if on_cpu else hidden.dtype
+    low = (
+        hidden.new_empty(0) if a is None else hidden.new_empty(rows, a.shape[1], dtype=dtype)
+        for a in (gate_up_a, down_a)
+    )
     output = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     return output, hidden.new_empty(rows, gate_up_proj.shape[1]), *low
 
@@ -150,6 +164,9 @@ def _backward_op(
     down_scaling: float,
     dropout: float,
     needs: list[bool],
+    activation: str,
+    limit: float,
+    block_size: list[int],
     impl: str,
 ) -> list[torch.Tensor]:
     """The gradients that there are `needs` for, of the eight tensors in the order of `_TRAINED`."""
@@ -158,13 +175,15 @@ def _backward_op(
     num_experts, dtype = gate_up_proj.shape[0], hidden.dtype
     low = None if gate_up_a is None else low
     low_inner = None if down_a is None else low_inner
+    # How rows were quantised is of no concern to their gradients.
+    options = ExpertOptions(activation=activation, limit=limit, block_size=tuple(block_size))
     if impl == "cpu":
-        fixed = fix(topk_indices, gate_up_scale, down_scale, lora)
+        fixed = fix(topk_indices, (gate_up_scale, down_scale), lora, options)
         inputs = (hidden, topk_weights, gate_up_proj, down_proj, *factors)
         pieces = [pre[rows.at] for rows in rows_by_expert(topk_indices, num_experts, dtype)]
         grads = backward_cpu(grad_output, inputs, fixed, (low, low_inner, *pieces), needs)
     else:
-        plan = make_plan(topk_indices, (gate_up_scale, down_scale), lora, False, False)
+        plan = make_plan(topk_indices, (gate_up_scale, down_scale), lora, options)
         inputs = contiguous_inputs(hidden, topk_weights, gate_up_proj, down_proj, lora)
         with on_device(hidden):
             layout = build_layout(plan.topk_indices, num_experts, tile_rows(topk_indices.numel(), num_experts, dtype))
@@ -174,7 +193,7 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(grad_output, pre, low, low_inner, *arguments):
-    needs = arguments[-2]
+    needs = arguments[-5]
     inputs = (arguments[place] for place in _TRAINED)
     return [
         torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor, need in zip(inputs, needs) if need
@@ -183,17 +202,17 @@ def _(grad_output, pre, low, low_inner, *arguments):
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:13], *output[1:])
-    ctx.numbers, ctx.impl = inputs[13:16], inputs[-1]
+    ctx.numbers, ctx.choices = inputs[13:16], inputs[-4:]
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_output, *_):
     *tensors, pre, low, low_inner = ctx.saved_tensors
-    grads = [None] * 19
+    grads = [None] * 22
     if grad_output is not None:
         places = [place for place in _TRAINED if ctx.needs_input_grad[place]]
         needs = [place in places for place in _TRAINED]
-        values = _backward_op(grad_output, pre, low, low_inner, *tensors, *ctx.numbers, needs, ctx.impl)
+        values = _backward_op(grad_output, pre, low, low_inner, *tensors, *ctx.numbers, needs, *ctx.choices)
         for place, value in zip(places, values):
             grads[place] = value
     return tuple(grads)

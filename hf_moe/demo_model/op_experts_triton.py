@@ -16,6 +16,7 @@ from .kernel_fp8 import quantize_rows as quantize_on_kernel
 from .kernel_routing import Layout, build_layout
 from .kernel_tiles import tile_rows
 from .op_expert_lora import ExpertLora
+from .op_expert_options import ExpertOptions
 from .triton_compat import cdiv, converts_fp8, on_device
 
 # Rows of slots are summed in float32; above so many bytes they wait for it in the dtype of the model.
@@ -37,6 +38,8 @@ class Plan:
     lora: ExpertLora
     quantize: bool = False
     ue8m0: bool = False
+    activation: str = "silu"
+    limit: float = 0.0
 
 
 def _rows_dtype(dtype: torch.dtype, num_slots: int, hidden: int) -> torch.dtype:
@@ -88,6 +91,8 @@ def forward(inputs: tuple, plan: Plan, save: bool) -> tuple[torch.Tensor, tuple]
         x_scale=x_scale,
         low=low,
         lora_b=gate_up_b,
+        activation=plan.activation,
+        limit=plan.limit,
     )
     if down_a is not None:
         rows = _drop_sorted(inner, lora, layout.order).to(dtype)
@@ -170,6 +175,8 @@ def _backward(grad_output: torch.Tensor, inputs: tuple, plan: Plan, saved: tuple
         low=low_grad,
         lora_a=down_a,
         kept=lora.kept_inner if down_a is not None else None,
+        activation=plan.activation,
+        limit=plan.limit,
     )
     grad_weights = grad_weights.view_as(topk_weights).masked_fill((ids < 0) | (ids >= num_experts), 0.0)
     if needs_down:
@@ -216,9 +223,9 @@ def _grad_hidden(grad_pre, low_pre, gate_up_proj, gate_up_a, plan: Plan, layout:
     return grad
 
 
-def make_plan(topk_indices, scales: tuple, lora: ExpertLora, quantize: bool, ue8m0: bool) -> Plan:
+def make_plan(topk_indices, scales: tuple, lora: ExpertLora, options: ExpertOptions) -> Plan:
     scales = [None if scale is None else scale.contiguous() for scale in scales]
-    return Plan(topk_indices.contiguous(), *scales, lora, quantize, ue8m0)
+    return Plan(topk_indices.contiguous(), *scales, lora, *options[:4])
 
 
 def contiguous_inputs(hidden, topk_weights, gate_up_proj, down_proj, lora: ExpertLora) -> tuple:
@@ -228,16 +235,17 @@ def contiguous_inputs(hidden, topk_weights, gate_up_proj, down_proj, lora: Exper
 
 
 def experts_triton(
-    hidden, topk_indices, topk_weights, weights: tuple, lora: ExpertLora, quantize: bool | None, ue8m0: bool
+    hidden, topk_indices, topk_weights, weights: tuple, lora: ExpertLora, options: ExpertOptions
 ) -> torch.Tensor:
     """`op_experts.experts`: `weights` are gate-up, down and their scales."""
     gate_up_proj, down_proj, *scales = weights
     inputs = contiguous_inputs(hidden, topk_weights, gate_up_proj, down_proj, lora)
     with_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-    if quantize is None:
+    if options.quantize is None:
         many = tile_rows(topk_indices.numel(), gate_up_proj.shape[0], hidden.dtype) == 128
         quantize = many and not with_grad and scales[0] is not None and converts_fp8(hidden.device)
-    plan = make_plan(topk_indices, scales, lora, quantize, ue8m0)
+        options = options._replace(quantize=quantize)
+    plan = make_plan(topk_indices, scales, lora, options)
     with on_device(hidden):
         if with_grad:
             return _Experts.apply(*inputs[:4], plan, *inputs[4:])

@@ -18,11 +18,20 @@ from .kernel_fp8 import multiply
 from .kernel_fp8 import quantize_rows as quantize_rows_kernel
 from .op_custom import opaque
 from .op_linear import linear
-from .op_quant import block_grid, dequantize_block_fp8, dequantize_rows, quantize_rows
+from .op_quant import (
+    HALF_BIAS,
+    block_grid,
+    check_scales,
+    decode_fp8,
+    dequantize_block_fp8,
+    dequantize_rows,
+    quantize_rows,
+)
 from .triton_compat import converts_fp8, runs_kernels
 
 _PIECE = 1 << 19  # elements that are decoded at a time: they stay in the processor's cache
-# Up to so many rows on the CPU, rounding the decoded weight takes longer than what its narrower product saves.
+# Up to so many rows on the CPU, scaling and rounding the decoded weight takes longer than products in float32 with rows
+# that were scaled for each block of the weight's rows: 2048 x 1024 and 1 row 0.53 instead of 0.71 ms.
 _FEW_ROWS = 4
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -113,10 +122,35 @@ def fp8_mm(rows, weight, scale, fp8: Fp8Format, parts: int = 1, quantize: bool =
     if quantize:
         wide = torch.promote_types(dtype, torch.float32)
         rows = dequantize_rows(*quantize_rows(rows, ue8m0=fp8.ue8m0)).to(wide)
-    elif rows.device.type == "cpu" and rows.shape[0] <= _FEW_ROWS:
-        rows = rows.to(torch.promote_types(dtype, torch.float32))
+    if rows.device.type == "cpu" and 0 < rows.shape[0] <= _FEW_ROWS:
+        return _few_rows_mm(rows, weight, scale, fp8, parts).to(dtype)
     outputs = [linear(rows, piece) for piece, _ in _pieces(weight, scale, fp8, parts, rows.dtype)]
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).to(dtype)
+
+
+def _few_rows_mm(rows, weight, scale, fp8: Fp8Format, parts: int) -> torch.Tensor:
+    """(M, I) rows times the weight, (M, O), in float32 or wider.
+
+    For each row of blocks the scales are multiplied into the rows: there are fewer of these than rows in a block."""
+    check_scales(weight, scale, fp8.block_size, parts)
+    columns = rows.to(torch.promote_types(rows.dtype, torch.float32)).t()  # (I, M)
+    width, block_rows = weight.shape[1], fp8.block_size[0]
+    output = columns.new_empty(weight.shape[0], rows.shape[0])
+    for place, blocks in _row_pieces(weight, fp8, parts):
+        values, exact = decode_fp8(weight[place], _scratch(weight[place]))
+        scales = scale[blocks].to(columns.dtype)
+        scaled = scales.repeat_interleave(fp8.block_size[1], dim=1)[:, :width].unsqueeze(2) * columns  # (blocks, I, M)
+        values, products = values.to(columns.dtype), output[place]
+        whole = len(values) // block_rows
+        edge = whole * block_rows
+        if whole:
+            stacked = values[:edge].view(whole, block_rows, width)
+            products[:edge] = torch.bmm(stacked, scaled[:whole]).flatten(0, 1)
+        if edge < len(values):
+            products[edge:] = torch.mm(values[edge:], scaled[whole])
+        if not exact:
+            products *= HALF_BIAS
+    return output.t().contiguous()
 
 
 def fp8_mm_backward(grad, weight, scale, fp8: Fp8Format, parts: int = 1) -> torch.Tensor:
@@ -133,6 +167,19 @@ def fp8_mm_backward(grad, weight, scale, fp8: Fp8Format, parts: int = 1) -> torc
 def _pieces(weight, scale, fp8: Fp8Format, parts: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, slice]]:
     """Decoded rows of the weight, block by block, each with its place among the output features. A piece is good until
     the next one is asked for."""
+    for rows, blocks in _row_pieces(weight, fp8, parts):
+        piece, memory = weight[rows], _scratch(weight[rows])
+        decoded = dequantize_block_fp8(piece, scale[blocks], fp8.block_size, scratch=memory)
+        if memory is not None and dtype.itemsize == 2:  # behind it, where decoding no longer needs the memory
+            behind = memory[piece.numel() :].view(dtype)[: piece.numel()].view(piece.shape)
+            yield behind.copy_(decoded), rows
+        else:
+            yield decoded.to(dtype), rows
+
+
+def _row_pieces(weight, fp8: Fp8Format, parts: int) -> Iterator[tuple[slice, slice]]:
+    """Whole rows of blocks of the weight, as many as are decoded together: their places among its rows, and among
+    those of the scales."""
     block_rows = fp8.block_size[0]
     height = weight.shape[0] // parts
     blocks = max(1, _PIECE // (block_rows * weight.shape[1]))
@@ -141,14 +188,7 @@ def _pieces(weight, scale, fp8: Fp8Format, parts: int, dtype: torch.dtype) -> It
         for block in range(0, grid_rows, blocks):
             start, stop = block * block_rows, min((block + blocks) * block_rows, height)
             rows = slice(part * height + start, part * height + stop)
-            scales = scale[part * grid_rows + block : part * grid_rows + min(block + blocks, grid_rows)]
-            piece, memory = weight[rows], _scratch(weight[rows])
-            decoded = dequantize_block_fp8(piece, scales, fp8.block_size, scratch=memory)
-            if memory is not None and dtype.itemsize == 2:  # behind it, where decoding no longer needs the memory
-                behind = memory[piece.numel() :].view(dtype)[: piece.numel()].view(piece.shape)
-                yield behind.copy_(decoded), rows
-            else:
-                yield decoded.to(dtype), rows
+            yield rows, slice(part * grid_rows + block, part * grid_rows + min(block + blocks, grid_rows))
 
 
 _memory = threading.local()

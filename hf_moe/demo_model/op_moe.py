@@ -11,19 +11,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .op_activation import ACTIVATIONS
 from .op_custom import opaque
 from .op_expert_lora import ExpertLora
+from .op_expert_options import SCALE_BLOCKS
 from .op_experts import (
-    SCALE_BLOCK,
     TRITON_BACKEND_NAME,
     experts_on_kernels,
-    is_silu,
+    gate_of,
     why_not_kernels,
+    why_not_ours,
 )
-from .op_experts import experts as experts_with_lora
+from .op_experts import experts as trained_experts
 from .op_fp8 import Fp8Format, fp8_linear
 from .op_linear import linear, linear_each
 
@@ -35,8 +36,10 @@ _BATCHED_ROWS = 32
 _FEW_ROWS = 16
 _MAX_ROW_BYTES = 64 << 20
 # In bfloat16 so many neighbouring experts of few rows are one product: with 4 rows each and 1.5 MB of weights, 65 us an
-# expert instead of 130. The sizes are few because oneDNN takes half a millisecond for every new one.
+# expert instead of 130. The sizes are few because oneDNN takes half a millisecond for every new one. With fewer rows an
+# expert than these on the mean, they are faster one after another: by 14 % with one row, by 5 % with two.
 _NEIGHBOURS = (32, 16, 8, 4)
+_NEIGHBOUR_ROWS = 2.5
 # So many experts share the calls between their products.
 _EXPERTS_AT_ONCE = 32
 # Elements of the rows that are summed at a time: they stay in the processor's cache.
@@ -74,8 +77,9 @@ def experts_cpu(
     act_fn,
     fp8: "Fp8Experts | None" = None,
 ) -> torch.Tensor:
-    """Routed experts on the CPU: each touched expert's weights are read once, none are copied; FP8 ones are decoded
-    piece by piece.
+    """Routed experts on the CPU, for inference: each touched expert's weights are read once, none are copied; FP8 ones
+    are decoded piece by piece. Activations that have parameters, which no form of `op_activation` is, are trained with
+    it, too.
 
     Args:
         hidden_states: (T, H).
@@ -167,7 +171,8 @@ def _experts_gathered(
     # A last row of zeros is what an expert of another rank contributes.
     rows = hidden_states.new_empty(len(order) + 1, hidden_states.shape[1])
     rows[-1] = 0.0
-    batched = fp8 is None and gate_up_proj.dtype == torch.bfloat16
+    many = len(order) >= _NEIGHBOUR_ROWS * len(experts)
+    batched = fp8 is None and gate_up_proj.dtype == torch.bfloat16 and many
     start = 0
     for piece, neighbours in _pieces_of_experts(experts, sizes, batched):
         some, some_sizes = experts[piece], sizes[piece]
@@ -286,7 +291,7 @@ def _experts_cpu_op(
     topk_weights: torch.Tensor,
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
-    hidden_act: str,
+    activation: str,
     gate_up_scale: torch.Tensor | None,
     down_scale: torch.Tensor | None,
     block_size: list[int],
@@ -296,7 +301,7 @@ def _experts_cpu_op(
     fp8 = None
     if gate_up_scale is not None:
         fp8 = Fp8Experts(gate_up_scale, down_scale, Fp8Format(tuple(block_size), ue8m0), quantize)
-    act_fn = ACT2FN[hidden_act]
+    act_fn = ACTIVATIONS[activation].value
     return experts_cpu(hidden_states, topk_indices, topk_weights, gate_up_proj, down_proj, act_fn, fp8)
 
 
@@ -305,14 +310,13 @@ def _(hidden_states, *args):
     return torch.empty_like(hidden_states)
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, num_rows: int, compiling_with_grad: bool = False) -> str:
+def choose_backend(device: torch.device, dtype: torch.dtype, num_rows: int) -> str:
     """Name of the backend for `num_rows` = T * K routed rows: `"cpu"`, `"grouped_mm"` or `"batched_mm"`.
 
     A plain function of device, dtype and row count. On accelerators the grouped kernel takes bfloat16 without a host
-    sync; other dtypes gather weights while the rows are few. `compiling_with_grad`: in a graph, the CPU form
-    trains SiLU experts alone.
+    sync; other dtypes gather weights while the rows are few.
     """
-    if device.type == "cpu" and not compiling_with_grad:
+    if device.type == "cpu":
         return "cpu"
     if device.type == "meta" or (dtype != torch.bfloat16 and num_rows <= _BATCHED_ROWS):
         return "batched_mm"
@@ -326,79 +330,60 @@ def experts_forward(
     topk_weights: torch.Tensor,
     lora: ExpertLora | None = None,
 ) -> torch.Tensor:
-    """The `"hf_moe"` backend of the experts interface: gated experts in the concatenated layout.
+    """The `"hf_moe"` backend of the experts interface.
 
     `experts` holds `gate_up_proj` (E, 2I, H), `down_proj` (E, H, I) and `act_fn`; the other arguments and the result
     are those of `experts_cpu`. On CUDA they run on the kernels of `op_experts` if these can compute them; else, and for
-    experts of another layout (transposed, biased, ungated), in `grouped_mm` or `batched_mm`. `lora`, for our `Experts`
+    experts of another layout or gate (`why_not_ours`), in `grouped_mm` or `batched_mm`. `lora`, for our `Experts`
     only, goes along inside the products.
     """
-    if lora is not None:
-        return _lora_forward(experts, hidden_states, topk_indices, topk_weights, lora)
-    if hidden_states.is_cuda and why_not_kernels(experts, hidden_states.device) is None:
-        return experts_on_kernels(experts, hidden_states, topk_indices, topk_weights)
-    if getattr(experts, "fp8", None) is not None:
-        return _fp8_experts_forward(experts, hidden_states, topk_indices, topk_weights)
-    plain = experts.has_gate and not experts.has_bias and not experts.is_transposed
-    compiling = torch.compiler.is_compiling()
-    as_operator = plain and getattr(experts, "is_concatenated", True) and is_silu(experts.act_fn)
-    inputs = (hidden_states, topk_weights, experts.gate_up_proj, experts.down_proj)
-    with_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    backend = choose_backend(
-        hidden_states.device, experts.down_proj.dtype, topk_indices.numel(), compiling and with_grad and not as_operator
-    )
-    if backend == "cpu" and not plain:
-        backend = "grouped_mm"
-    if backend != "cpu":
-        return ALL_EXPERTS_FUNCTIONS[backend](experts, hidden_states, topk_indices, topk_weights)
-    hidden_states = hidden_states.to(experts.down_proj.dtype)  # autocast leaves a float32 norm output here
-    weights = (experts.gate_up_proj, experts.down_proj)
-    if compiling and with_grad:
-        return experts_with_lora(hidden_states, topk_indices, topk_weights, *weights, impl="cpu")
-    if compiling:
-        hidden_act = experts.config.hidden_act
-        no_fp8 = (None, None, [], False, False)
-        return _experts_cpu_op(hidden_states, topk_indices, topk_weights, *weights, hidden_act, *no_fp8)
-    return experts_cpu(hidden_states, topk_indices, topk_weights, *weights, experts.act_fn)
-
-
-def _lora_forward(experts, hidden_states, topk_indices, topk_weights, lora: ExpertLora) -> torch.Tensor:
     if hidden_states.is_cuda and why_not_kernels(experts, hidden_states.device) is None:
         return experts_on_kernels(experts, hidden_states, topk_indices, topk_weights, lora)
-    fp8, device = experts.fp8, hidden_states.device.type
-    if not is_silu(experts.act_fn) or (fp8 is not None and tuple(fp8.block_size) != (SCALE_BLOCK, SCALE_BLOCK)):
-        return experts.define(hidden_states, topk_indices, topk_weights, lora)
-    if torch.is_autocast_enabled(device):
+    if getattr(experts, "fp8", None) is not None or lora is not None:
+        return _our_experts_forward(experts, hidden_states, topk_indices, topk_weights, lora)
+    backend = choose_backend(hidden_states.device, experts.down_proj.dtype, topk_indices.numel())
+    if backend == "cpu":
+        # Activations that have no form are computed one by one, in no graph and without limits.
+        form, limit = gate_of(experts) or (None, 0.0)
+        if why_not_ours(experts) or (form is None and (limit or torch.compiler.is_compiling())):
+            backend = "grouped_mm"
+    if backend != "cpu":
+        return ALL_EXPERTS_FUNCTIONS[backend](experts, hidden_states, topk_indices, topk_weights)
+    return _our_experts_forward(experts, hidden_states, topk_indices, topk_weights)
+
+
+def _our_experts_forward(
+    experts, hidden_states, topk_indices, topk_weights, lora: ExpertLora | None = None
+) -> torch.Tensor:
+    """Experts of our layout in the forms for the CPU, of which those for FP8 and for LoRA run anywhere."""
+    fp8, device = getattr(experts, "fp8", None), hidden_states.device.type
+    form, limit = gate_of(experts)
+    weights = (experts.gate_up_proj, experts.down_proj)
+    in_one_form = lora is not None or limit or _takes_gradient(hidden_states, topk_weights, *weights)
+    if torch.is_autocast_enabled(device) and (fp8 is not None or in_one_form):
         hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
     elif fp8 is None:
-        hidden_states = hidden_states.to(experts.down_proj.dtype)
-    weights = (experts.gate_up_proj, experts.down_proj, experts.gate_up_proj_scale_inv, experts.down_proj_scale_inv)
+        hidden_states = hidden_states.to(experts.down_proj.dtype)  # autocast leaves a float32 norm output here
+    scales = (None, None) if fp8 is None else (experts.gate_up_proj_scale_inv, experts.down_proj_scale_inv)
     quantize = fp8 is not None and experts.quantizes(hidden_states)
-    options = {"quantize": quantize, "ue8m0": fp8 is not None and fp8.ue8m0, "impl": "torch" if quantize else "cpu"}
-    run = _lora_uncompiled if torch.compiler.is_compiling() and quantize else experts_with_lora
-    return run(hidden_states, topk_indices, topk_weights, *weights, lora=lora, **options)
-
-
-def _fp8_experts_forward(experts, hidden_states, topk_indices, topk_weights) -> torch.Tensor:
-    weights = (experts.gate_up_proj, experts.down_proj)
-    scales = (experts.gate_up_proj_scale_inv, experts.down_proj_scale_inv)
-    quantize = experts.quantizes(hidden_states)
+    inputs = (hidden_states, topk_indices, topk_weights, *weights)
+    if form is None:
+        if lora is not None:
+            return experts.define(hidden_states, topk_indices, topk_weights, lora)
+        if torch.compiler.is_compiling():
+            raise ValueError(f"FP8 experts with the activation {experts.act_fn} cannot be part of a compiled graph")
+    elif in_one_form:
+        ue8m0, block_size = (False, SCALE_BLOCKS) if fp8 is None else (fp8.ue8m0, fp8.block_size)
+        options = {"quantize": quantize, "ue8m0": ue8m0, "activation": form, "limit": limit}
+        return trained_experts(*inputs, *scales, lora, **options, block_size=block_size, impl="cpu")
     if not torch.compiler.is_compiling():
-        fp8 = Fp8Experts(*scales, experts.fp8, quantize)
-        return experts_cpu(hidden_states, topk_indices, topk_weights, *weights, experts.act_fn, fp8)
-    if torch.is_grad_enabled() and (hidden_states.requires_grad or topk_weights.requires_grad):
-        if is_silu(experts.act_fn) and not quantize and tuple(experts.fp8.block_size) == (SCALE_BLOCK, SCALE_BLOCK):
-            return experts_with_lora(hidden_states, topk_indices, topk_weights, *weights, *scales, impl="cpu")
-        fp8 = Fp8Experts(*scales, experts.fp8, quantize)
-        return _experts_uncompiled(hidden_states, topk_indices, topk_weights, *weights, experts.act_fn, fp8)
-    form = (list(experts.fp8.block_size), quantize, experts.fp8.ue8m0)
-    hidden_act = experts.config.hidden_act
-    return _experts_cpu_op(hidden_states, topk_indices, topk_weights, *weights, hidden_act, *scales, *form)
+        return experts_cpu(*inputs, experts.act_fn, None if fp8 is None else Fp8Experts(*scales, fp8, quantize))
+    block_size, ue8m0 = ([], False) if fp8 is None else (list(fp8.block_size), fp8.ue8m0)
+    return _experts_cpu_op(*inputs, form, *scales, block_size, quantize, ue8m0)
 
 
-# Training under torch.compile with another activation than SiLU in FP8, or with quantised rows: the graph breaks here.
-_experts_uncompiled = torch.compiler.disable(experts_cpu)
-_lora_uncompiled = torch.compiler.disable(experts_with_lora)
+def _takes_gradient(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 class LoraBackends:

@@ -21,6 +21,23 @@ def block_grid(shape: tuple[int, ...], block_size: tuple[int, int], parts: int =
     return (*leading, parts * -(-(rows // parts) // block_size[0]), -(-cols // block_size[1]))
 
 
+def check_scales(
+    weight: torch.Tensor, weight_scale_inv: torch.Tensor, block_size: tuple[int, int], parts: int = 1
+) -> tuple[int, ...]:
+    """The shape that the scales of a block FP8 weight have.
+
+    Raises:
+        ValueError: if they have another.
+    """
+    grid = block_grid(tuple(weight.shape), block_size, parts)
+    if tuple(weight_scale_inv.shape) != grid:
+        raise ValueError(
+            f"scales of shape {tuple(weight_scale_inv.shape)} for a weight of shape {tuple(weight.shape)} in blocks "
+            f"of {block_size[0]} x {block_size[1]}: expected {grid}"
+        )
+    return grid
+
+
 def dequantize_block_fp8(
     weight: torch.Tensor,
     weight_scale_inv: torch.Tensor,
@@ -44,12 +61,7 @@ def dequantize_block_fp8(
         ValueError: if the scales do not form the grid that the weight needs.
     """
     rows, cols = block_size
-    grid = block_grid(tuple(weight.shape), block_size, parts)
-    if tuple(weight_scale_inv.shape) != grid:
-        raise ValueError(
-            f"scales of shape {tuple(weight_scale_inv.shape)} for a weight of shape {tuple(weight.shape)} in blocks "
-            f"of {rows} x {cols}: expected {grid}"
-        )
+    grid = check_scales(weight, weight_scale_inv, block_size, parts)
     output, exact = decode_fp8(weight, scratch)
     scales = weight_scale_inv.float()
     if not exact:

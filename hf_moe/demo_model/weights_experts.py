@@ -57,8 +57,9 @@ class Stacking(ConversionOps):
                 else:
                     target.copy_(tensor)
 
-        with ThreadPoolExecutor(max_workers=_READERS) as readers:
-            list(readers.map(fill, range(counts[0])))
+        if not stacked.is_meta:  # there is nothing to read for a model without memory
+            with ThreadPoolExecutor(max_workers=_READERS) as readers:
+                list(readers.map(fill, range(counts[0])))
         return {target_patterns[0]: stacked}
 
 

@@ -20,6 +20,7 @@ LOAD_OPTIONS = {
     "check_names": True,
     "key_mapping": None,
     "ignore_mismatched_sizes": False,
+    "foreign_quantization": False,
 }
 
 
@@ -50,9 +51,8 @@ def split_quantization(
     config.load_options["decoding"] = decoding
     if decoding is not None:
         del holder.quantization_config
-    elif stored is not None:
-        return config, requested
-    if method not in (None, "fp8"):
+    if (decoding is None and stored is not None) or method not in (None, "fp8"):
+        config.load_options["foreign_quantization"] = True
         return config, requested
     asked = requested.get("dequantize") if isinstance(requested, dict) else getattr(requested, "dequantize", False)
     if dequantize or asked:
