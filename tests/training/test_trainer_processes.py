@@ -137,4 +137,4 @@ def test_zero3_from_a_checkpoint_to_a_result(runs, name):
     reference, written = load_file(path), load_file(folder / name / path.name)
     assert set(written) == set(reference) and any("experts" in key for key in written)
     for key, value in reference.items():
-        assert_close(key, written[key], value, "float32_grad")
+        assert_close(key, written[key], value, "float32_adamw" if name == "factors" else "float32_grad")
