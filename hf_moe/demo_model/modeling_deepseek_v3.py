@@ -103,7 +103,8 @@ class DeepseekV3PreTrainedModel(MoePreTrainedModel):
         marked = {int(name.split(".")[1]) for name in tensor_names if name.startswith("layers.") and name.endswith(own)}
         main = self.config.num_hidden_layers
         count = max(0, max(marked, default=-1) + 1 - main)
-        if count > (self.config.num_nextn_predict_layers or 0) and min(marked) > main:
+        wanted = getattr(self.config, "_upstream_num_layers", None) not in (None, main)  # not what the file says
+        if wanted and count > (self.config.num_nextn_predict_layers or 0) and min(marked) > main:
             logger.warning(
                 "With `num_hidden_layers=%d` the layers of the checkpoint from %d on are left out, and its MTP layers, "
                 "which follow on layer %d.",

@@ -16,7 +16,7 @@ SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 _ROPE_ALIASES = {"deepseek_yarn": "yarn"}  # other names in `config.json` for what Transformers computes
 MLA_MODES = ("auto", "expanded", "absorbed")
 # Not part of the file: the spelling that was read, and notes from `from_pretrained` to the loader.
-_PRIVATE = ("_upstream_keys", "_upstream_rope_scaling", "load_options")
+_PRIVATE = ("_upstream_keys", "_upstream_num_layers", "_upstream_rope_scaling", "load_options")
 
 
 def choose(name: str, value: Any, allowed: tuple) -> None:
@@ -67,7 +67,7 @@ class UpstreamConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if not self._is_our_code(kwargs.get("auto_map")):
             kwargs.pop("auto_map", None)  # the repository's own remote code: ours replaces it when we save
-        self._upstream_keys = []
+        self._upstream_keys, self._upstream_num_layers = [], None
         self._upstream_rope_scaling = copy.deepcopy(kwargs.get("rope_scaling"))
         rope = kwargs.get("rope_scaling") or getattr(self, "rope_parameters", None)
         if rope is not None:
@@ -87,10 +87,10 @@ class UpstreamConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As in Transformers, and remembers which keys the file had, so that they are written back."""
-        keys = sorted(config_dict)
+        keys, num_layers = sorted(config_dict), config_dict.get("num_hidden_layers")
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
-        config._upstream_keys = keys
+        config._upstream_keys, config._upstream_num_layers = keys, num_layers
         return result
 
     def to_dict(self) -> dict[str, Any]:

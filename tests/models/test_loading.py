@@ -48,6 +48,7 @@ import hf_moe  # noqa: F401  registers the classes
 from hf_moe.models.layer_linear import Linear
 from hf_moe.models.modeling_base import MoePreTrainedModel
 from hf_moe.models.modeling_deepseek_v3 import DeepseekV3ForCausalLM
+from hf_moe.models.weights_safetensors import CheckpointError
 
 WITH_MTP = ("v3_basic", "v3_mtp2", "v3_fp8")
 # What a model without a language model head has no place for: the head, and the MTP layer's copy of it in v3_basic.
@@ -385,6 +386,17 @@ def test_fewer_layers_than_the_checkpoint_has(case, tmp_path, caplog):
         assert torch.equal(model.eval()(ids).logits, whole.lm_head(whole.model.norm(states)))
     model.save_pretrained(tmp_path)
     assert not any(f".layers.{index}." in name for name in read_tensors(tmp_path) for index in (2, 3, 4))
+
+
+def test_fewer_layers_by_the_file_alone_are_an_error(tmp_path):
+    """Nobody asked for fewer: the file and the tensors contradict one another."""
+    folder = edited_golden(tmp_path, "v3_basic", num_hidden_layers=2)
+    with pytest.raises(CheckpointError, match="layers.2"):
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(golden("v3_basic"))
+    config.num_hidden_layers = 2
+    model = AutoModelForCausalLM.from_pretrained(golden("v3_basic"), config=config, dtype=torch.float32)
+    assert len(model.model.layers) == 2
 
 
 def test_the_callers_config_is_not_changed_by_loading(tmp_path):
