@@ -1,16 +1,13 @@
 """LoRA on FP8 weights in two real processes over gloo: sharded by FSDP2, and under DDP, against one process."""
 
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import fp8_ranks
 import pytest
 import torch
+from processes import run_ranks
 from safetensors.torch import load_file, save_file
 from testing import GOLDENS, assert_close
 from tiny import random_ids, tiny_model
@@ -21,7 +18,6 @@ from hf_moe.training.distributed import keep_fp8, refuse_fp8_under_deepspeed
 from hf_moe.training.trainer import DistributedType, check_launch
 
 pytest.importorskip("peft")
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -40,26 +36,7 @@ def checkpoints(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(checkpoints) -> list[dict]:
     """What both processes wrote."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, **own, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        command = [sys.executable, "-W", "ignore", str(HERE / "fp8_ranks.py"), str(checkpoints)]
-        with open(checkpoints / f"rank{rank}.log", "w") as log:
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    logs = [(checkpoints / f"rank{rank}.log").read_text()[-3000:] for rank in range(2)]
-    assert codes == [0, 0], "\n".join(logs)
-    return [torch.load(checkpoints / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return run_ranks("fp8_ranks.py", checkpoints)
 
 
 @pytest.fixture(scope="module")

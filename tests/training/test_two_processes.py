@@ -1,24 +1,20 @@
 """Training and expert parallelism in two real processes over gloo, against one process with the whole batch."""
 
 import math
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import two_ranks
+from processes import run_ranks
 from safetensors.torch import load_file, save_file
 from testing import GOLDENS, assert_close
 from tiny import random_ids, tiny_model
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.distributed import DistributedConfig
 
-HERE = Path(__file__).parent
 # Releases without a dispatch of tokens cannot tell zero experts from those of another rank.
 HAS_DISPATCH = hasattr(DistributedConfig, "ep_size")
 
@@ -52,26 +48,7 @@ def checkpoints(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(checkpoints) -> list[dict]:
     """What both processes wrote."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, **own, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        command = [sys.executable, "-W", "ignore", str(HERE / "two_ranks.py"), str(checkpoints)]
-        with open(checkpoints / f"rank{rank}.log", "w") as log:
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    logs = [(checkpoints / f"rank{rank}.log").read_text()[-3000:] for rank in range(2)]
-    assert codes == [0, 0], "\n".join(logs)
-    return [torch.load(checkpoints / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return run_ranks("two_ranks.py", checkpoints)
 
 
 def _single(family: str, optimizer: str = "sgd") -> dict:
