@@ -11,6 +11,7 @@ import torch
 from hf_moe.models import kernel_fp8, kernel_mla, kernel_routing
 from hf_moe.models.kernel_tiles import tile_rows
 from hf_moe.models.op_expert_lora import ExpertLora
+from hf_moe.models.op_expert_options import ExpertOptions
 from hf_moe.models.op_experts_triton import Plan, backward, forward
 
 FP8 = torch.float8_e4m3fn
@@ -34,7 +35,9 @@ def run_experts(tokens: int, dtype: torch.dtype = torch.bfloat16, quantize: bool
     gate_up, down, *scales = stacks(dtype)
     inputs = empty(tokens, HIDDEN), empty(tokens, TOP_K, dtype=torch.float32), gate_up, down, *[None] * 4
     many = tile_rows(tokens * TOP_K, EXPERTS, torch.bfloat16) == 128
-    plan = Plan(empty(tokens, TOP_K, dtype=torch.int64), *scales, ExpertLora(), quantize and many)
+    plan = Plan(
+        empty(tokens, TOP_K, dtype=torch.int64), *scales, ExpertLora(), ExpertOptions(quantize=quantize and many)
+    )
     forward(inputs, plan, save=False)
 
 

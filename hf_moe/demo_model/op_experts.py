@@ -250,16 +250,17 @@ def gate_of(module: torch.nn.Module) -> tuple[str | None, float] | None:
     return activation_form(getattr(module, "act_fn", F.silu)), limit
 
 
-def why_not_ours(module: torch.nn.Module) -> str | None:
+def why_not_ours(module: torch.nn.Module, gate: tuple[str | None, float] | None) -> str | None:
     """What of an experts module's layout or gate keeps `experts` from computing it; `None` if nothing does.
 
-    `module` is any class under Transformers' `use_experts_implementation`, such as those of Qwen3-MoE and Mixtral.
+    `module` is any class under Transformers' `use_experts_implementation`, such as those of Qwen3-MoE and Mixtral;
+    `gate` is what `gate_of` says of it.
     """
     if module.is_transposed or module.has_bias or not module.has_gate or not getattr(module, "is_concatenated", True):
         return "the weights must be stacked as (E, 2I, H), gate rows first, and (E, H, I), without biases"
     if getattr(module, "has_post_expert_norm", False):
         return "experts with a norm of their own are not supported"
-    if gate_of(module) is None:
+    if gate is None:
         return f"{type(module).__name__} combines gate and up in a way of its own"
     return None
 
@@ -268,10 +269,11 @@ def why_not_kernels(module: torch.nn.Module, device: torch.device) -> str | None
     """What keeps the kernels from computing an experts module on `device`; `None` if nothing does."""
     if not runs_kernels(device):
         return f"kernels need Triton and a CUDA device of compute capability 8.0 or more; the tokens are on {device}"
-    reason = why_not_ours(module)
+    gate = gate_of(module)
+    reason = why_not_ours(module, gate)
     if reason is not None:
         return reason
-    if gate_of(module)[0] not in FUSED:
+    if gate[0] not in FUSED:
         return f"the activation must be one of {', '.join(FUSED)}, not {module.act_fn}"
     fp8 = getattr(module, "fp8", None)
     if fp8 is not None and tuple(fp8.block_size) != SCALE_BLOCKS:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-SCALE_BLOCKS = (128, 128)
+from .kernel_tiles import SCALE_BLOCK
+
+SCALE_BLOCKS = (SCALE_BLOCK, SCALE_BLOCK)  # rows and columns that share a scale in FP8 releases
 
 
 class ExpertOptions(NamedTuple):

@@ -36,10 +36,7 @@ class Plan:
     gate_up_scale: torch.Tensor | None
     down_scale: torch.Tensor | None
     lora: ExpertLora
-    quantize: bool = False
-    ue8m0: bool = False
-    activation: str = "silu"
-    limit: float = 0.0
+    options: ExpertOptions = ExpertOptions()
 
 
 def _rows_dtype(dtype: torch.dtype, num_slots: int, hidden: int) -> torch.dtype:
@@ -78,7 +75,7 @@ def forward(inputs: tuple, plan: Plan, save: bool) -> tuple[torch.Tensor, tuple]
     if gate_up_a is not None:
         options = {"gather": True, "alpha": gate_up_alpha, "out_dtype": dtype}
         low = multiply_rows(_drop_hidden(hidden, lora), gate_up_a, None, layout, top_k, **options)  # (N, R)
-    rows, x_scale = quantize_on_kernel(hidden, plan.ue8m0) if plan.quantize else (hidden, None)
+    rows, x_scale = quantize_on_kernel(hidden, plan.options.ue8m0) if plan.options.quantize else (hidden, None)
     inner, pre = gate_up(
         rows,
         gate_up_proj,
@@ -86,13 +83,13 @@ def forward(inputs: tuple, plan: Plan, save: bool) -> tuple[torch.Tensor, tuple]
         layout,
         top_k,
         # Half as many bits would round rows to another FP8 value often enough to cost 1 % of the result.
-        out_dtype=torch.float32 if plan.quantize else dtype,
+        out_dtype=torch.float32 if plan.options.quantize else dtype,
         pre_dtype=dtype if save else None,
         x_scale=x_scale,
         low=low,
         lora_b=gate_up_b,
-        activation=plan.activation,
-        limit=plan.limit,
+        activation=plan.options.activation,
+        limit=plan.options.limit,
     )
     if down_a is not None:
         rows = _drop_sorted(inner, lora, layout.order).to(dtype)
@@ -100,7 +97,7 @@ def forward(inputs: tuple, plan: Plan, save: bool) -> tuple[torch.Tensor, tuple]
         del rows
     rows_dtype = _rows_dtype(dtype, tokens * top_k, hidden.shape[1])
     # Rows of no expert are quantised as memory holds them, and read by nobody.
-    inner, x_scale = quantize_on_kernel(inner, plan.ue8m0) if plan.quantize else (inner, None)
+    inner, x_scale = quantize_on_kernel(inner, plan.options.ue8m0) if plan.options.quantize else (inner, None)
     options = {"to_slots": True, "factors": topk_weights, "out_dtype": rows_dtype, "low": low_inner, "lora": down_b}
     rows = multiply_rows(inner, down_proj, plan.down_scale, layout, top_k, x_scale=x_scale, **options)
     output = combine(rows, plan.topk_indices, num_experts, dtype)
@@ -175,8 +172,8 @@ def _backward(grad_output: torch.Tensor, inputs: tuple, plan: Plan, saved: tuple
         low=low_grad,
         lora_a=down_a,
         kept=lora.kept_inner if down_a is not None else None,
-        activation=plan.activation,
-        limit=plan.limit,
+        activation=plan.options.activation,
+        limit=plan.options.limit,
     )
     grad_weights = grad_weights.view_as(topk_weights).masked_fill((ids < 0) | (ids >= num_experts), 0.0)
     if needs_down:
@@ -225,7 +222,7 @@ def _grad_hidden(grad_pre, low_pre, gate_up_proj, gate_up_a, plan: Plan, layout:
 
 def make_plan(topk_indices, scales: tuple, lora: ExpertLora, options: ExpertOptions) -> Plan:
     scales = [None if scale is None else scale.contiguous() for scale in scales]
-    return Plan(topk_indices.contiguous(), *scales, lora, *options[:4])
+    return Plan(topk_indices.contiguous(), *scales, lora, options)
 
 
 def contiguous_inputs(hidden, topk_weights, gate_up_proj, down_proj, lora: ExpertLora) -> tuple:

@@ -339,25 +339,29 @@ def experts_forward(
     """
     if hidden_states.is_cuda and why_not_kernels(experts, hidden_states.device) is None:
         return experts_on_kernels(experts, hidden_states, topk_indices, topk_weights, lora)
+    inputs, gate = (hidden_states, topk_indices, topk_weights), gate_of(experts)
     if getattr(experts, "fp8", None) is not None or lora is not None:
-        return _our_experts_forward(experts, hidden_states, topk_indices, topk_weights, lora)
+        return _our_experts_forward(experts, *inputs, gate, lora)
     backend = choose_backend(hidden_states.device, experts.down_proj.dtype, topk_indices.numel())
     if backend == "cpu":
-        # Activations that have no form are computed one by one, in no graph and without limits.
-        form, limit = gate_of(experts) or (None, 0.0)
-        if why_not_ours(experts) or (form is None and (limit or torch.compiler.is_compiling())):
-            backend = "grouped_mm"
-    if backend != "cpu":
-        return ALL_EXPERTS_FUNCTIONS[backend](experts, hidden_states, topk_indices, topk_weights)
-    return _our_experts_forward(experts, hidden_states, topk_indices, topk_weights)
+        if why_not_ours(experts, gate) is None and not _has_no_form(*gate):
+            return _our_experts_forward(experts, *inputs, gate)
+        backend = "grouped_mm"
+    return ALL_EXPERTS_FUNCTIONS[backend](experts, *inputs)
+
+
+def _has_no_form(form: str | None, limit: float) -> bool:
+    """Whether nothing here computes a gate: activations that have no form are called one by one, in no graph and
+    without limits."""
+    return form is None and (limit != 0 or torch.compiler.is_compiling())
 
 
 def _our_experts_forward(
-    experts, hidden_states, topk_indices, topk_weights, lora: ExpertLora | None = None
+    experts, hidden_states, topk_indices, topk_weights, gate: tuple, lora: ExpertLora | None = None
 ) -> torch.Tensor:
     """Experts of our layout in the forms for the CPU, of which those for FP8 and for LoRA run anywhere."""
     fp8, device = getattr(experts, "fp8", None), hidden_states.device.type
-    form, limit = gate_of(experts)
+    form, limit = gate
     weights = (experts.gate_up_proj, experts.down_proj)
     in_one_form = lora is not None or limit or _takes_gradient(hidden_states, topk_weights, *weights)
     if torch.is_autocast_enabled(device) and (fp8 is not None or in_one_form):
