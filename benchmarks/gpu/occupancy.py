@@ -5,6 +5,7 @@ A GPU is kept busy by what is in flight on it: at `BANDWIDTH`, and `LATENCY` fro
 the bytes that have to be read, whichever tile they take; and rows that fill up a tile are multiplied for nothing.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -40,19 +41,13 @@ def programs_per_processor(usage: dict, gpu: Gpu = H100) -> int:
 
 def waves(usage: dict, programs: int | None = None, gpu: Gpu = H100) -> float:
     """How often the launch, or so many of its programs, fills the GPU."""
-    grid = 1
-    for size in usage["grid"]:
-        grid *= size
-    return (programs or grid) / (programs_per_processor(usage, gpu) * gpu.processors)
+    return (programs or math.prod(usage["grid"])) / (programs_per_processor(usage, gpu) * gpu.processors)
 
 
 def kilobytes_in_flight(usage: dict, step_bytes: int, stages: int, gpu: Gpu = H100) -> float:
     """On their way to a multiprocessor while every program waits for one of its `stages` steps; of what is read from
     memory, `step_bytes` in each."""
-    grid = 1
-    for size in usage["grid"]:
-        grid *= size
-    resident = min(programs_per_processor(usage, gpu), grid / gpu.processors)
+    resident = min(programs_per_processor(usage, gpu), math.prod(usage["grid"]) / gpu.processors)
     return resident * max(1, stages - 1) * step_bytes / 1024
 
 

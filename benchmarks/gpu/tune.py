@@ -15,6 +15,7 @@ Without a GPU, `--static` compiles all of it for compute capability 9.0 and prin
 import argparse
 import functools
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -185,7 +186,7 @@ def judge(case: Case, compiler: Compiler, most: int | None) -> list[dict]:
         tile = next(tile for tile in launch["taken"].values() if isinstance(tile, dict))
         row = case.label | {"shipped": number == 0, "taken": launch["taken"], **launch}
         row.pop("grid")
-        row["programs"] = functools.reduce(lambda a, b: a * b, launch["grid"])
+        row["programs"] = math.prod(launch["grid"])
         row["per processor"] = programs_per_processor(launch)
         row["waves"] = waves(launch)
         if problem.step_bytes:
