@@ -11,15 +11,23 @@ import torch
 HERE = Path(__file__).parent
 
 
-def run_ranks(script: str, folder: Path) -> list[dict]:
-    """Runs a script in two processes over gloo, with `folder` as its argument; what they left in `rank<n>.pt` there."""
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
+        return str(probe.getsockname()[1])
+
+
+def place_of(rank: int, world: int, port: str) -> dict[str, str]:
+    """Environment variables that tell a process who it is."""
+    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    return {**own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def run_ranks(script: str, folder: Path) -> list[dict]:
+    """Runs a script in two processes over gloo, with `folder` as its argument; what they left in `rank<n>.pt` there."""
+    port, processes = free_port(), []
     for rank in range(2):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        own = {**place_of(rank, 2, port), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, **own, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         command = [sys.executable, "-W", "ignore", str(HERE / script), str(folder)]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
+from processes import free_port
 from safetensors.torch import load_file
 from testing import assert_close
 from tiny import tiny_model
@@ -110,11 +110,8 @@ def test_launched_fsdp2_trains_an_fp8_model(tmp_path):
     (tmp_path / "site" / "sitecustomize.py").write_text(FSDP_ON_CPUS)
     root = FOLDER.parents[1]
     paths = [str(tmp_path / "site"), str(root), os.environ.get("PYTHONPATH", "")]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "fsdp2.yaml")]
-    launch += ["--num_processes", "2", "--main_process_port", port, str(FOLDER.parent / "finetune_lora.py")]
+    launch += ["--num_processes", "2", "--main_process_port", free_port(), str(FOLDER.parent / "finetune_lora.py")]
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     words += ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "2", "--use_cpu"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import free_port, place_of
 from safetensors.torch import load_file
 from testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -25,19 +25,13 @@ SCRIPT = Path(__file__).with_name("trainer_ranks.py")
 
 def start(folder: Path, way: str, batch_size: int, world: int) -> list[subprocess.Popen]:
     folder.mkdir()
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    processes = []
+    port, processes = free_port(), []
     for rank in range(world):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         environment |= {"DS_ACCELERATOR": "cpu"} if way == "zero3" else {"ACCELERATE_USE_CPU": "true"}
         environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[1]), str(SCRIPT.parents[2])])
         if world > 1:
-            environment |= {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            }  # fmt: skip
+            environment |= place_of(rank, world, port)
         command = [sys.executable, str(SCRIPT), str(folder), str(batch_size), way]
         with (folder / f"rank{rank}.log").open("wb") as log:  # a pipe that nobody reads would stop a process
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
