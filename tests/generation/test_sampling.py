@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from hf_moe.models import generation_mtp
+from hf_moe.models import generation_decoding
 from hf_moe.models.generation_sampling import accept_sampled
 
 VOCAB, NEW = 5, 4
@@ -122,7 +122,7 @@ def accept_by_equality(scores, drafts, draft_probs):
 
 @pytest.mark.parametrize("rule", [accept_everything, resample_from_p, accept_by_equality])
 def test_the_test_notices_a_wrong_rule(model, monkeypatch, rule):
-    monkeypatch.setattr(generation_mtp, "accept_sampled", rule)
+    monkeypatch.setattr(generation_decoding, "accept_sampled", rule)
     settings = SETTINGS["top_p"]
     torch.manual_seed(1)
     values = [p_value(c, exact_probabilities(model, p, settings)) for p, c in zip(PROMPTS, draw(model, settings))]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, FineGrainedFP8Config, GenerationConfig, StaticCache
 from transformers.models.longcat_flash import LongcatFlashForCausalLM as NativeLongcat
 
-from hf_moe.models.generation_mtp import MTPDecoding
+from hf_moe.models.generation_drafts import Drafting
 
 
 @pytest.fixture(params=[pytest.param((case, mode), id=f"{case}-{mode}") for case in CASES for mode in MODES])
@@ -119,17 +119,17 @@ def test_mtp_drafts_that_are_taken(family, depths, static, monkeypatch):
     model.generation_config = GenerationConfig(pad_token_id=2, max_new_tokens=25, do_sample=False)
     expected = model.generate(ids, attention_mask=mask, use_cache=False, max_new_tokens=50)
 
-    def foresee(decoding, layer, state, index, last):
-        drafts = []
-        for row, length in zip(decoding.rows, decoding.lengths):
+    def foresee(drafting, layer, state, index, last):
+        rows, drafts = drafting.rows, []
+        for row, length in zip(rows.originals, rows.lengths):
             place = length + index
             wrong = place % (row + 2) == 0
             drafts.append([3 if wrong else expected[row, min(place, expected.shape[1] - 1)].item()])
-        decoding.drafts.append(torch.tensor(drafts))
-        places = torch.tensor(decoding.lengths).unsqueeze(1) + index
-        decoding.tokens.scatter_(1, places, decoding.drafts[-1])
+        drafting.drafts.append(torch.tensor(drafts))
+        places = torch.tensor(rows.lengths).unsqueeze(1) + index
+        rows.tokens.scatter_(1, places, drafting.drafts[-1])
 
-    monkeypatch.setattr(MTPDecoding, "_draft_token", foresee)
+    monkeypatch.setattr(Drafting, "_draft_token", foresee)
     options = {"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant", "use_mtp": True}
     if static:
         options["past_key_values"] = StaticCache(config=model.config, max_cache_len=64)
