@@ -14,6 +14,7 @@ from transformers.generation import (
 )
 
 from .generation_decoding import MTPDecoding, MTPSettings
+from .generation_rows import unsupported_cache
 from .generation_sampling import AllowedTokens
 from .generation_schedule import DEFAULT_CONFIDENCE, DEFAULT_DRAFT_TOKENS, SCHEDULES
 
@@ -112,6 +113,10 @@ class MTPGenerationMixin(GenerationMixin):
             raise ValueError("`use_mtp=True` works with greedy search and sampling only.")
         if option("use_cache") is False:
             raise ValueError("`use_mtp=True` needs the cache: leave out `use_cache=False`.")
+        # Before Transformers makes the cache, which may fail for reasons of its own where there is no accelerator.
+        implementation = option("cache_implementation")
+        if implementation and ("offloaded" in implementation or implementation == "quantized"):
+            raise unsupported_cache(f"`cache_implementation={implementation!r}`")
         for name in ("output_attentions", "output_hidden_states"):
             if option(name) and option("return_dict_in_generate"):
                 raise ValueError(f"`use_mtp=True` does not return what `{name}` asks for: leave it out.")

@@ -32,13 +32,17 @@ class SingleLayerCache(Cache):
 
 def check_cache(cache: Cache) -> None:
     """Raises `ValueError` for a cache whose rows cannot be moved: quantised, sliding or offloaded."""
-    offloading = getattr(cache, "offloading", False)
     foreign = [type(layer).__name__ for layer in getattr(cache, "layers", [None]) if type(layer) not in _LAYER_TYPES]
-    if offloading or foreign:
-        what = "an offloaded cache" if offloading else f"cache layers of type {foreign[0]}"
-        raise ValueError(
-            f"`use_mtp=True` does not support {what}: leave `cache_implementation` out, or set it to 'static'."
-        )
+    if getattr(cache, "offloading", False):
+        raise unsupported_cache("an offloaded cache")
+    if foreign:
+        raise unsupported_cache(f"cache layers of type {foreign[0]}")
+
+
+def unsupported_cache(what: str) -> ValueError:
+    return ValueError(
+        f"`use_mtp=True` does not support {what}: leave `cache_implementation` out, or set it to 'static'."
+    )
 
 
 def pick(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
