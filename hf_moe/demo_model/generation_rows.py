@@ -8,7 +8,11 @@ a shorter row and the newly written slots lie slots of no meaning, which `RowCac
 Lengths are kept on the host, where shapes are decided; nothing here waits for a device.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from .layer_cache import GrowingLayer
@@ -28,13 +32,17 @@ class SingleLayerCache(Cache):
 
 def check_cache(cache: Cache) -> None:
     """Raises `ValueError` for a cache whose rows cannot be moved: quantised, sliding or offloaded."""
-    offloading = getattr(cache, "offloading", False)
     foreign = [type(layer).__name__ for layer in getattr(cache, "layers", [None]) if type(layer) not in _LAYER_TYPES]
-    if offloading or foreign:
-        what = "an offloaded cache" if offloading else f"cache layers of type {foreign[0]}"
-        raise ValueError(
-            f"`use_mtp=True` does not support {what}: leave `cache_implementation` out, or set it to 'static'."
-        )
+    if getattr(cache, "offloading", False):
+        raise unsupported_cache("an offloaded cache")
+    if foreign:
+        raise unsupported_cache(f"cache layers of type {foreign[0]}")
+
+
+def unsupported_cache(what: str) -> ValueError:
+    return ValueError(
+        f"`use_mtp=True` does not support {what}: leave `cache_implementation` out, or set it to 'static'."
+    )
 
 
 def pick(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -64,6 +72,108 @@ def write(rows: torch.Tensor, starts: list[int], entries: torch.Tensor) -> None:
 
 def _all_equal(values: list[int]) -> bool:
     return values.count(values[0]) == len(values)
+
+
+@dataclass
+class Prompt:
+    """What `generate` hands on of the prompt.
+
+    Attributes:
+        input_ids: (B, given): all tokens, or with a cache only the new ones.
+        length: slots of the prompt, those in the cache included.
+        past: slots that the cache holds already.
+        mask: (B, length) of ones and zeros, or `None` where nothing is hidden.
+        position_ids: (B, length - past) of the new slots.
+        embeds: (B, length, hidden) in place of tokens, or `None`.
+    """
+
+    input_ids: torch.Tensor
+    length: int
+    past: int
+    mask: torch.Tensor | None
+    position_ids: torch.Tensor
+    embeds: torch.Tensor | None
+
+    @property
+    def first(self) -> int:
+        """Slot of the first token in `input_ids`."""
+        return self.length - self.input_ids.shape[1]
+
+
+def take_prompt(input_ids: torch.Tensor, past: int, model_kwargs: dict[str, Any], mask_length: int | None) -> Prompt:
+    """Takes out of `model_kwargs` what describes the prompt; `mask_length` stands in where there is no mask.
+
+    Raises:
+        ValueError: if the cache holds all of the prompt.
+    """
+    mask, position_ids = model_kwargs.pop("attention_mask", None), model_kwargs.pop("position_ids", None)
+    embeds = model_kwargs.pop("inputs_embeds", None)
+    batch, given = input_ids.shape
+    if embeds is not None:
+        length = embeds.shape[1]
+    else:
+        # With a past, either all tokens are given or only the new ones; the mask always covers all.
+        total = mask.shape[1] if mask is not None else mask_length or given
+        length = given if total == given else past + given
+    new = length - past
+    if new < 1:
+        raise ValueError(f"The cache holds {past} tokens and the prompt {length}: there is nothing new to process.")
+    if position_ids is None:
+        position_ids = torch.arange(past, length, device=input_ids.device).unsqueeze(0)
+    if mask is not None and (mask.shape[1] != length or bool(mask.all())):
+        mask = None
+    return Prompt(input_ids, length, past, mask, position_ids[:, -new:].expand(batch, -1), embeds)
+
+
+class TokenRows:
+    """The tokens of all rows that have not ended, known ones and drafts.
+
+    Attributes:
+        tokens: (B, slots) with the prompt in slots `prompt.first` to `prompt.length`.
+        positions: (B, slots), which go on from the last one of the prompt.
+        lengths: known tokens of each row.
+        originals: index of each row in the original batch.
+    """
+
+    def __init__(self, prompt: Prompt, max_length: int | None, drafts: int):
+        self.prompt, self.max_length, self.drafts = prompt, max_length, drafts
+        batch, given = prompt.input_ids.shape
+        room = max(1, max_length - given) if max_length else 256
+        self.tokens = prompt.input_ids.new_zeros((batch, prompt.length + room + drafts + 1))
+        self.tokens[:, prompt.first : prompt.length] = prompt.input_ids
+        shift = prompt.position_ids[:, -1:] - (prompt.length - 1)  # (B, 1)
+        self.positions = torch.arange(self.tokens.shape[1], device=self.tokens.device).unsqueeze(0) + shift
+        self.lengths = [prompt.length] * batch
+        self.originals = list(range(batch))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def make_room(self) -> None:
+        """Room for a step's drafts: without a maximal length the buffer grows as needed."""
+        short = max(self.lengths) + self.drafts + 2 - self.tokens.shape[1]
+        if self.max_length is None and short > 0:
+            more = max(short, self.tokens.shape[1])
+            self.tokens = nn.functional.pad(self.tokens, (0, more))
+            behind = torch.arange(1, more + 1, device=self.tokens.device)
+            self.positions = torch.cat((self.positions, self.positions[:, -1:] + behind), dim=1)
+
+    def draft_limit(self) -> int:
+        """Drafts that could still be used."""
+        limit = self.tokens.shape[1] - max(self.lengths) - 1
+        if self.max_length is not None:
+            limit = min(limit, self.max_length + self.prompt.first - min(self.lengths) - 1)
+        return limit
+
+    def is_full(self, length: int) -> bool:
+        """Whether a row with `length` known tokens may get no more."""
+        return self.max_length is not None and length - self.prompt.first >= self.max_length
+
+    def select(self, active: list[int]) -> None:
+        """Drops all rows but these, given as indices into the present ones."""
+        self.originals, self.lengths = [self.originals[i] for i in active], [self.lengths[i] for i in active]
+        index = torch.tensor(active, dtype=torch.long, device=self.tokens.device)
+        self.tokens, self.positions = self.tokens[index], self.positions[index]
 
 
 class RowCache:
