@@ -139,10 +139,12 @@ class MultiMatrixAttention(nn.Module):
     def _takes_rows(self, implementation: str, seq: int, attention_mask: torch.Tensor | None) -> bool:
         if implementation == "eager":
             return True
-        # Without a mask, more than one query would need the causal one that the interface makes.
-        return implementation == "sdpa" and (
-            seq == 1 or (seq <= _ROWS_MAX_TOKENS and isinstance(attention_mask, torch.Tensor))
-        )
+        if implementation != "sdpa" or seq == 1:
+            return implementation == "sdpa"
+        # Without a mask, more than one query would need the causal one that the interface makes. An exported program
+        # holds for every length.
+        few = not torch.compiler.is_exporting() and seq <= _ROWS_MAX_TOKENS
+        return few and isinstance(attention_mask, torch.Tensor)
 
 
 def _attend_in_blocks(attention: Callable, query, key, value, mask: CausalMask) -> torch.Tensor:
