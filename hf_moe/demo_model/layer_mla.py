@@ -247,13 +247,15 @@ class LatentAttention(nn.Module):
 
     def _mask_of_long_context(self, query, latent, attention_mask, kwargs: dict) -> CausalMask | None:
         """The mask for `_attend_pieces`; `None` where the attention interface has to attend."""
+        if torch.compiler.is_compiling():
+            return None
         if attention_mask is None:  # as the interface reads it: causal from the first token, or a single query
             attention_mask = CausalMask(latent.shape[2] - 1 if query.shape[1] == 1 else 0)
         if not isinstance(attention_mask, CausalMask) or attention_mask.past + query.shape[1] < LONG_CONTEXT:
             return None
         plain = self.config._attn_implementation == "sdpa" and self.observe_logits is None and not self._drops()
         causal = kwargs.get("is_causal") in (None, True) and getattr(self.config, "is_causal", True)
-        if not plain or not causal or torch.compiler.is_compiling() or self._needs_grad(latent, query):
+        if not plain or not causal or self._needs_grad(latent, query):
             return None
         return attention_mask
 
@@ -320,9 +322,9 @@ class LatentAttention(nn.Module):
         implementation = self.config._attn_implementation
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         # Flash kernels take one width for queries, keys and values.
-        flash = "flash" in (implementation or "") or (
-            implementation == "sdpa" and query.device.type == "cpu" and query.shape[2] >= _FLASH_QUERIES
-        )
+        flash = "flash" in (implementation or "")
+        if implementation == "sdpa" and query.device.type == "cpu" and not torch.compiler.is_exporting():
+            flash = query.shape[2] >= _FLASH_QUERIES  # an exported program holds for every length
         pad = self.qk_head_dim - self.v_head_dim if flash else 0
         if pad > 0:
             value = nn.functional.pad(value, (0, pad))

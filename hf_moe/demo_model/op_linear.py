@@ -25,10 +25,11 @@ _onednn_enabled = getattr(torch._C, "_get_mkldnn_enabled", None)
 
 def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`rows @ weight.T + bias` for (..., in) rows and an (out, in) weight, as `torch.nn.functional.linear`."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return F.linear(rows, weight, bias)  # first of all: a graph's sizes may be no numbers
     count = rows.shape[:-1].numel() if rows.shape[-1] == weight.shape[1] else 0  # another width: torch's error
     plain = type(weight) in (torch.Tensor, torch.nn.Parameter)  # not a distributed or quantised tensor
-    special = plain and rows.device.type == "cpu" and 0 < count <= _FEW_ROWS and rows.dtype == weight.dtype
-    if not special or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if not plain or rows.device.type != "cpu" or not 0 < count <= _FEW_ROWS or rows.dtype != weight.dtype:
         return F.linear(rows, weight, bias)
     if rows.dtype == torch.float32:
         output = _linear_float32(rows, weight, count)
