@@ -96,8 +96,25 @@ class Architecture:
         return self.num_moe * rows * (self.router_bias == "buffer") + self.mtp_buffers
 
 
+class _Sizes(dict):
+    """A configuration whose required keys are sizes: what is no number there is said by name."""
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if key == "model_type":
+            return value
+        if key in ("text_config", "vision_config"):
+            if not isinstance(value, dict):
+                raise ValueError(f"`{key}` must be an object, got {value!r}")
+            return _Sizes(value)
+        whole = isinstance(value, int) or (isinstance(value, float) and key == "ngram_vocab_size_ratio")
+        if isinstance(value, bool) or not whole or value < 0:
+            raise ValueError(f"`{key}` must be a whole number of at least 0, got {value!r}")
+        return value
+
+
 def read_architecture(config: dict[str, Any], name: str) -> Architecture:
-    """Raises `ValueError` for a model type that has no formula here, and for a key that is missing."""
+    """Raises `ValueError` for a model type that has no formula here, and for a key that is missing or no size."""
     model_type = config.get("model_type")
     if model_type not in READERS:
         model_type = model_type_of(config) or model_type
@@ -108,9 +125,11 @@ def read_architecture(config: dict[str, Any], name: str) -> Architecture:
             f"known are {', '.join(sorted(READERS))}."
         )
     try:
-        return reader(config, name)
+        return reader(_Sizes(config, model_type=model_type), name)
     except KeyError as error:
         raise ValueError(f"{name}: the configuration lacks {error.args[0]!r}.") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}.") from error
 
 
 def _mlp(hidden: int, width: int) -> tuple[Shape, ...]:

@@ -1,5 +1,6 @@
 """The cost model against the Step3 report's table, published sizes, models on the meta device and real caches."""
 
+import copy
 import json
 
 import pytest
@@ -325,7 +326,18 @@ def test_missing_key(model_type):
         read_architecture({"model_type": model_type}, "x")
 
 
-def test_model_type_by_architecture():
-    config = {**read_source("longcat-flash").config}
+@pytest.mark.parametrize("name", ["longcat-flash", "deepseek-v3", "deepseek-v2-lite"])
+def test_model_type_by_architecture(name):
+    config = {**read_source(name).config}
+    expected = read_architecture(config, "x")
     del config["model_type"]
-    assert read_architecture(config, "x").model_type == "longcat_flash"
+    assert read_architecture(config, "x") == expected
+
+
+@pytest.mark.parametrize("key, value", [("hidden_size", "x"), ("num_hidden_layers", 2.5), ("vocab_size", None)])
+@pytest.mark.parametrize("name", ["deepseek-v3", "step3"])
+def test_sizes_that_are_none(name, key, value):
+    config = copy.deepcopy(read_source(name).config)
+    config.get("text_config", config)[key] = value
+    with pytest.raises(ValueError, match=f"x: `{key}` must be a whole number"):
+        read_architecture(config, "x")
