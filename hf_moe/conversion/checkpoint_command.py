@@ -59,7 +59,7 @@ def run_verify(
         _print_comparison(comparison, against)
         if not close:
             problem = f"differ by more than {tolerance:g}" if math.isfinite(comparison.worst) else "do not match"
-            Console(stderr=True).print(f"{folder} and {against} {problem}.", highlight=False, soft_wrap=True)
+            _console(stderr=True).print(f"{folder} and {against} {problem}.")
     return report.ok and close
 
 
@@ -79,22 +79,26 @@ def _json(comparison: Comparison) -> dict:
     return {"comparison": content}
 
 
+def _console(stderr: bool = False) -> Console:
+    return Console(stderr=stderr, soft_wrap=True, highlight=False, markup=False)  # paths may have brackets
+
+
 def _print_report(report: Report) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    console = _console()
     for note in report.notes:
-        console.print(note, markup=False)
+        console.print(note)
     if report.ok:
-        console.print(f"{report.folder}: sound; {report.tensors:,} tensors, {bytes_text(report.bytes)}.", markup=False)
+        console.print(f"{report.folder}: sound; {report.tensors:,} tensors, {bytes_text(report.bytes)}.")
         return
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    errors = _console(stderr=True)
     for problem in report.problems:
-        errors.print(problem, markup=False)
+        errors.print(problem)
     count = len(report.problems)
-    errors.print(f"{report.folder}: {count} {'problem' if count == 1 else 'problems'}.", markup=False)
+    errors.print(f"{report.folder}: {count} {'problem' if count == 1 else 'problems'}.")
 
 
 def _print_comparison(comparison: Comparison, against: str) -> None:
-    console = Console(soft_wrap=True, highlight=False)
+    console = _console()
     different = [tensor for tensor in comparison.tensors if tensor.max_abs != 0]
     if different:
         table = Table(title=f"largest differences from {against}", title_justify="left")
@@ -106,11 +110,11 @@ def _print_comparison(comparison: Comparison, against: str) -> None:
     for what, names in (("here", comparison.only_left), ("there", comparison.only_right)):
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            console.print(f"only {what}: {', '.join(names[:_SHOWN])}{more}", markup=False)
+            console.print(f"only {what}: {', '.join(names[:_SHOWN])}{more}")
     for name, (left, right) in list(comparison.shapes.items())[:_SHOWN]:
-        console.print(f"{name}: shape {left} here, {right} there", markup=False)
+        console.print(f"{name}: shape {left} here, {right} there")
     total = len(comparison.tensors)
-    console.print(f"{comparison.equal:,} of {total:,} tensors in both have equal values", markup=False)
+    console.print(f"{comparison.equal:,} of {total:,} tensors in both have equal values")
 
 
 def _open_hub_layout(source: str, revision: str | None) -> Source:

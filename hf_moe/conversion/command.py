@@ -89,7 +89,7 @@ def carry_out(
 
 def print_summary(source: Source, summary: Summary, dry_run: bool) -> None:
     """Prints what a conversion wrote, or would write."""
-    console = Console()
+    console = Console(markup=False)  # names and paths may have brackets
     table = Table(
         title=f"{source.name}: {summary.title}{' (nothing written)' if dry_run else ''}", title_justify="left"
     )

@@ -31,7 +31,7 @@ class ProgressDisplay:
         self.started = self.shown = time.monotonic()
         self.lock = threading.Lock()
         self.bar: Progress | None = None
-        console = Console(stderr=True)
+        console = Console(stderr=True, markup=False)
         if enabled and console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
             self.bar = Progress(*columns, TimeRemainingColumn(), console=console)

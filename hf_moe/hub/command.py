@@ -14,7 +14,7 @@ from .tokenizer import convert_tokenizer, write_whole
 
 def run_push(folder: Path, repo: str, options: PushOptions, dry_run: bool) -> None:
     """Pushes, or with `dry_run` verifies the folder and lists what would be pushed."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     plan = plan_push(folder, repo, options)
     for note in plan.notes:
         console.print(note)

@@ -32,7 +32,7 @@ def run_inspect(
     Raises:
         ValueError: for an unknown accelerator, half a disaggregation, and what `inspect_model` refuses.
     """
-    console = Console()
+    console = Console(markup=False)
     if explain:
         print_explanations(INSPECT, console)
         if not models:
@@ -89,7 +89,7 @@ def run_route(
     from .route_charts import save_route_charts
     from .routing import route_text, statistics
 
-    console = Console()
+    console = Console(markup=False)
     if explain:
         print_explanations(ROUTE, console)
         if model is None:

@@ -270,6 +270,17 @@ def test_json_of_a_comparison(tmp_path):
     assert result.exit_code == 0 and "only here" in message(result) and "only there" in message(result)
 
 
+@pytest.mark.parametrize("place", ["with [b]old words", "closed [", "[v2]"])
+def test_brackets_in_paths_are_no_markup(place, tmp_path):
+    source, target = edited_golden(tmp_path / place / "in", "v3_fp8"), tmp_path / place / "b] [/b]"
+    result = run("convert", source, target, "--to", "bf16")
+    assert result.exit_code == 0, result.exception
+    assert f"written to {target}" in result.output
+    result = run("verify", target, "--against", source, "--tolerance", "0")
+    assert result.exit_code == 2 and f"largest differences from {source}" in result.output
+    assert f"{target} and {source} differ by more than 0." in result.output
+
+
 def test_tolerance_needs_something_to_compare_with():
     result = run("verify", golden("v3_basic"), "--tolerance", 0.1)
     assert result.exit_code == 2 and "--against" in message(result)
