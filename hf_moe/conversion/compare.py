@@ -97,6 +97,6 @@ def _difference(left: Plain, right: Plain) -> Difference:
         error += gap.square_().sum().item()
         norm += b.square_().sum().item()
     relative = math.sqrt(error / norm) if norm else (0.0 if error == 0 else math.inf)
-    if math.isnan(error) or math.isnan(largest):
+    if not (math.isfinite(error) and math.isfinite(largest)):  # infinite values on one side or both, too
         largest = relative = math.inf
     return Difference(left.name, left.kind, right.kind, largest, relative)

@@ -220,6 +220,17 @@ def test_differences_are_measured(tmp_path):
     assert [tensor.relative for tensor in comparison.tensors] == sorted(t.relative for t in comparison.tensors)[::-1]
 
 
+@pytest.mark.parametrize("sides", [("folder", "golden"), ("golden", "folder"), ("folder", "folder")])
+def test_infinite_values_are_an_infinite_difference(sides, tmp_path):
+    places = {"golden": golden("v3_basic")}
+    places["folder"] = edited_golden(tmp_path, "v3_basic", lambda t: t["model.norm.weight"][1:2].fill_(math.inf))
+    left, right = (places[side] for side in sides)
+    comparison = compare_checkpoints(open_source(left), open_source(right))
+    assert comparison.worst == math.inf and comparison.tensors[0].name == "model.norm.weight"
+    result = run("verify", left, "--against", right, "--tolerance", "0.1", "--no-values", "--json")
+    assert result.exit_code == 2 and json.loads(result.stdout)["comparison"]["worst"] is None
+
+
 def test_formats_are_compared_decoded(tmp_path):
     """FP8 against its own bfloat16 differs by that rounding; requantised weights by that of FP8."""
     assert run("convert", golden("v3_fp8"), tmp_path / "bf16", "--to", "bf16").exit_code == 0
