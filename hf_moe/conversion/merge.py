@@ -82,7 +82,9 @@ class Merge:
                     continue
                 scales = scale[part * grid + first // block : part * grid + -(-(end - part * height) // block)]
                 values = self._changed(dequantize_block_fp8(rows, scales, self.block_size), index, begin, end)
-                quantised, new_scales = quantize_block_fp8(values, self.block_size, self.ue8m0)
+                # Powers of two stay what they are in scales of fewer bits than float32.
+                powers = self.ue8m0 or scale.dtype != torch.float32
+                quantised, new_scales = quantize_block_fp8(values, self.block_size, powers)
                 rows.copy_(quantised)
                 scales.copy_(new_scales)
 

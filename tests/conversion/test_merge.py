@@ -7,7 +7,7 @@ import shutil
 import pytest
 import tiny_step3
 import torch
-from command_line import edit_json, fills_up, message, read_tensors, run, tree
+from command_line import edit_json, edited_golden, fills_up, message, read_tensors, run, tree
 from models.checkpoints import assert_same_bits, decode_fp8, golden, quantise_fp8, read_config
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
@@ -202,6 +202,25 @@ def test_power_of_two_scales_stay_so(tmp_path):
     scales = ours["model.layers.0.self_attn.o_proj.weight_scale_inv"]
     assert torch.equal(torch.exp2(scales.log2().round()), scales)
     assert read_config(tmp_path / "merged")["quantization_config"]["scale_fmt"] == "ue8m0"
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.bfloat16])
+def test_scales_of_fewer_bits_fit_their_values(dtype, tmp_path):
+    """Stored as UE8M0 or bfloat16, whatever `scale_fmt` says: no scale is rounded behind its values."""
+    name = "model.layers.0.self_attn.o_proj.weight"
+
+    def shorten(tensors):
+        for scale in [key for key in tensors if key.endswith("_scale_inv")]:
+            tensors[scale] = torch.exp2(tensors[scale].log2().ceil()).to(dtype)
+
+    base = edited_golden(tmp_path / "base", "v3_fp8", shorten)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, dequantize=True)
+    adapted = make_adapter(model, tmp_path / "adapter", ["o_proj"])
+    ours = merged(base, tmp_path / "adapter", tmp_path / "merged")
+    wanted = adapted.merge_and_unload().state_dict()[name].double()
+    assert ours[f"{name}_scale_inv"].dtype == dtype
+    error = (decode_fp8(ours[name], ours[f"{name}_scale_inv"].float()) - wanted).norm() / wanted.norm()
+    assert error < 0.04
 
 
 def test_attention_of_an_int4_checkpoint(tmp_path):
