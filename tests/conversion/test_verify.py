@@ -147,6 +147,16 @@ def test_faulty_files(case, tmp_path):
     assert all(part in message(result) for part in fragments), message(result)
 
 
+def test_an_index_needs_no_total_size(tmp_path):
+    """As DeepSeek's own fp8_cast_bf16.py writes it; Transformers asks for `metadata` alone."""
+    folder = edited_golden(tmp_path, "v3_basic", shards=2)
+    edit_json(folder / INDEX, lambda content: content["metadata"].clear())
+    report = verify_folder(folder)
+    assert report.ok and any("total_size" in note for note in report.notes)
+    edit_json(folder / INDEX, lambda content: {"weight_map": content["weight_map"]})
+    assert any("total_size" in problem for problem in verify_folder(folder).problems)
+
+
 def test_no_folder(tmp_path):
     result = run("verify", tmp_path / "nothing")
     assert result.exit_code == 2 and "no such folder" in message(result)
