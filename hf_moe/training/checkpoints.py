@@ -91,11 +91,15 @@ def find_checkpoint(output_dir: Path, name: str, warn: bool = True) -> Path:
     raise CheckpointError(f"--resume_from_checkpoint {name}: there is no whole checkpoint in {output_dir}")
 
 
-def rotate(output_dir: Path, limit: int | None, best_step: int | None, accelerator: Accelerator) -> None:
-    """Deletes all but the newest `limit` checkpoints and the best one."""
+def rotate(output_dir: Path, limit: int | None, best_step: int | None, step: int, accelerator: Accelerator) -> None:
+    """Deletes all but the newest `limit` checkpoints up to `step` and the best one.
+
+    Those behind `step`, of a run that was taken up again from an earlier checkpoint, are the oldest.
+    """
     if limit is None or not accelerator.is_main_process:
         return
-    for folder in list_checkpoints(output_dir)[limit:]:
+    folders = sorted(list_checkpoints(output_dir), key=lambda path: int(_NAME.fullmatch(path.name)[1]) > step)
+    for folder in folders[limit:]:
         if best_step is None or folder.name != f"checkpoint-{best_step}":
             doomed = folder.with_name(folder.name + ".old")  # a kill while deleting leaves no half checkpoint
             folder.rename(doomed)

@@ -101,7 +101,6 @@ class FinetuneTrainer:
         self.rows_per_step = (
             args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
         )
-        self.steps_per_epoch = max(1, math.ceil(len(train_dataset) / self.rows_per_step))
         epochs_steps = math.ceil(args.num_train_epochs * len(train_dataset) / self.rows_per_step)
         self.total_steps = args.max_steps if args.max_steps > 0 else max(1, epochs_steps)
         # Not prepared by Accelerate, which would step it once for every process.
@@ -269,7 +268,8 @@ class FinetuneTrainer:
 
     def _after_step(self, progress: tqdm) -> None:
         args, step, last = self.args, self.step, self.step == self.total_steps
-        end_of_epoch = step % self.steps_per_epoch == 0
+        # Rows go on into the next epoch within a step: one ends where as many rows as there are have been seen.
+        end_of_epoch = step * self.rows_per_step % len(self.train_dataset) < self.rows_per_step
         if step % args.logging_steps == 0 or last:
             metrics = {name: total / self.state.counted for name, total in self.state.sums.items()}
             self.state.sums, self.state.counted = {}, 0
@@ -289,7 +289,7 @@ class FinetuneTrainer:
         best = args.load_best_model_at_end and self.state.best_step == step
         if due or best or (last and args.save_strategy != "no"):  # the last one, too: a longer run may go on from it
             save_checkpoint(self, self.output_dir / f"checkpoint-{step}")
-            rotate(self.output_dir, args.save_total_limit, self.state.best_step, self.accelerator)
+            rotate(self.output_dir, args.save_total_limit, self.state.best_step, step, self.accelerator)
 
     def _judge(self, loss: float) -> None:
         state = self.state

@@ -378,6 +378,34 @@ def test_old_checkpoints_are_deleted_but_the_best(tmp_path):
     assert run.evaluate()["eval_loss"] == pytest.approx(evaluated[best], rel=1e-6)
 
 
+def test_a_run_that_went_back_keeps_what_it_saves(tmp_path):
+    """Checkpoints of the run before, behind the one that was taken up, are the first to go."""
+
+    class Kill(Callback):
+        def on_step_end(self, trainer):
+            if trainer.step == 5:
+                raise KeyboardInterrupt
+
+    data, more = some_rows(), dict(save_strategy="steps", save_steps=2, max_steps=8)
+    trained(tmp_path, data, **more)
+    more |= dict(save_total_limit=1, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, data, callbacks=[Kill()], **more)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize(
+    "rows, batch, epochs, expected",
+    [(3, 2, 4, [2, 3, 5, 6]), (4, 2, 2, [2, 4]), (5, 2, 2, [3, 5]), (2, 3, 4, [1, 2, 3]), (12, 5, 1.5, [3, 4])],
+)
+def test_epochs_end_where_all_rows_were_seen(tmp_path, rows, batch, epochs, expected):
+    """Steps go on into the next epoch: they do not begin anew at its first row."""
+    more = dict(max_steps=-1, num_train_epochs=epochs, per_device_train_batch_size=batch, save_strategy="epoch")
+    run = trained(tmp_path, some_rows(rows), **more)
+    assert [int(path.name.partition("-")[2]) for path in list_checkpoints(tmp_path)][::-1] == expected
+    assert run.step == expected[-1]
+
+
 def test_early_stopping(tmp_path):
     run = trained(
         tmp_path, some_rows(4), tiny_model(), some_rows(5, seed=9), max_steps=60, learning_rate=0.03,
