@@ -172,7 +172,11 @@ class FinetuneArguments:
             if choices and value is not None and value not in choices:
                 raise ValueError(f"--{entry.name} must be one of {', '.join(choices)}, got {value!r}")
         self._check_ranges()
-        self.report_to = [] if self.report_to in ("none", ["none"]) else list(self.report_to)
+        for name in ("report_to", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save"):
+            if isinstance(getattr(self, name), str):  # one name stands for a list of one
+                setattr(self, name, [getattr(self, name)])
+        self.report_to = [] if self.report_to == ["none"] else list(self.report_to)
+        self._check_schedule()
         if isinstance(self.lr_scheduler_kwargs, str):
             self.lr_scheduler_kwargs = _parse_object("lr_scheduler_kwargs", self.lr_scheduler_kwargs)
         if self.learning_rate is None:
@@ -221,6 +225,14 @@ class FinetuneArguments:
         if self.warmup_ratio > 1:
             raise ValueError(f"--warmup_ratio must be at most 1, got {self.warmup_ratio}")
 
+    def _check_schedule(self) -> None:
+        from transformers.trainer_utils import SchedulerType
+
+        # Those two are stepped with a loss, by the trainer of Transformers alone.
+        known = [str(kind.value) for kind in SchedulerType if kind.value not in ("reduce_lr_on_plateau", "greedy")]
+        if self.lr_scheduler_type not in known:
+            raise ValueError(f"--lr_scheduler_type must be one of {', '.join(known)}, got {self.lr_scheduler_type!r}")
+
     def warmup(self, total_steps: int) -> int:
         """Steps of warm-up in a run of `total_steps`."""
         if self.warmup_steps >= 1:
@@ -265,7 +277,7 @@ def parse_arguments(argv: list[str], program: str = "hf-moe finetune") -> Finetu
     for at, word in enumerate(argv):
         if word == "--config" or word.startswith("--config="):
             path = word.partition("=")[2] or (argv[at + 1] if at + 1 < len(argv) else "")
-            defaults = _read_config(path, {entry.name for entry in dataclasses.fields(FinetuneArguments)})
+            defaults = _read_config(path)
     parser.set_defaults(**defaults)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -278,7 +290,7 @@ def parse_arguments(argv: list[str], program: str = "hf-moe finetune") -> Finetu
     return FinetuneArguments(**fields)
 
 
-def _read_config(path: str, known: set[str]) -> dict[str, Any]:
+def _read_config(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"--config: no file {path!r}")
     import yaml  # reads JSON, too
@@ -289,7 +301,26 @@ def _read_config(path: str, known: set[str]) -> dict[str, Any]:
         raise ValueError(f"--config {path}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: expected names and values")
-    unknown = sorted(set(values) - known)
+    known = {entry.name: str(entry.type) for entry in dataclasses.fields(FinetuneArguments)}
+    unknown = sorted(map(str, set(values) - set(known)))
     if unknown:
         raise ValueError(f"--config {path}: no such option: {unknown[0]}")
-    return values
+    return {
+        name: _as_words(value, known[name], f"--config {path}: {name}")
+        for name, value in values.items()
+        if value is not None  # left out
+    }
+
+
+def _as_words(value: Any, kind: str, where: str) -> Any:
+    """A value of a file as the words of a command line would give it, so that both are checked alike."""
+    if "list[" in kind:
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(entry, (list, dict)) for entry in values):
+            raise ValueError(f"{where} must be a list of words, got {value!r}")
+        return [str(entry) for entry in values]
+    if isinstance(value, dict):
+        value = json.dumps(value)
+    if isinstance(value, (list, dict)):
+        raise ValueError(f"{where} must be one value, got {value!r}")
+    return value if isinstance(value, bool) and "bool" in kind else str(value)

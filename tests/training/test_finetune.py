@@ -85,6 +85,39 @@ def test_defaults_follow_what_is_trained():
     assert FinetuneArguments(warmup_steps=7, **names).warmup(100) == 7
 
 
+def from_file(folder, text: str) -> FinetuneArguments:
+    (folder / "run.yaml").write_text(text)
+    required = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
+    return parse_arguments(["--config", str(folder / "run.yaml"), *required])
+
+
+def test_a_configuration_file_says_what_the_command_line_would(tmp_path):
+    text = "report_to: tensorboard\nlora_target_modules: o_proj\nlearning_rate: 2e-4\nseed: 3\nmax_steps:\nbf16: true\n"
+    args = from_file(tmp_path, text + "lr_scheduler_kwargs: {power: 2}\nlora_target_parameters: [a, b]\nrun_name: 7\n")
+    assert (args.report_to, args.lora_target_modules, args.lora_target_parameters) == (
+        ["tensorboard"],
+        ["o_proj"],
+        ["a", "b"],
+    )
+    assert (args.learning_rate, args.seed, args.max_steps, args.bf16, args.run_name) == (2e-4, 3, -1, True, "7")
+    assert args.lr_scheduler_kwargs == {"power": 2}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("max_steps: 10.5", "--max_steps.*invalid int value: '10.5'"),
+        ("max_steps: [1]", "max_steps must be one value"),
+        ("learning_rate: yes", "--learning_rate.*invalid float value: 'True'"),
+        ("report_to: [[a]]", "report_to must be a list of words"),
+        ("use_peft: maybe", "--use_peft"),
+    ],
+)
+def test_wrong_values_of_a_configuration_file_are_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        from_file(tmp_path, text)
+
+
 BAD_OPTIONS = {
     "--max_step 4": r"no such option: --max_step; did you mean --max_steps\?",
     "--lora_dropout 1.5": "--lora_dropout must be at least 0 and below 1",
@@ -97,6 +130,8 @@ BAD_OPTIONS = {
     "--learning_rate much": "invalid float value",
     "--optim sgd": "invalid choice: 'sgd'|--optim must be one of",
     "--lr_scheduler_kwargs {": "--lr_scheduler_kwargs is no JSON",
+    "--lr_scheduler_type steep": "--lr_scheduler_type must be one of linear, .*, got 'steep'",
+    "--lr_scheduler_type reduce_lr_on_plateau": "--lr_scheduler_type must be one of linear",
     "--config nowhere.yaml": "no file 'nowhere.yaml'",
     "--max_length 4096": "--max_length 4096 is more than the model's 2048 positions",
     "--resume_from_checkpoint latest": "there is no whole checkpoint",
