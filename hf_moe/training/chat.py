@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from jinja2.exceptions import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from .sources import DataError
 
@@ -31,6 +32,8 @@ def encode_chat(tokenizer, messages: list[dict[str, Any]], where: str, learn_fro
     """
     source = tokenizer.get_chat_template(tools=template.get("tools"))
     if GENERATION_TAG.search(source) and not learn_from:
+        if not tokenizer.is_fast:  # Transformers finds the tagged part by offsets, which only fast ones have
+            return _encode_spans(tokenizer, *_tagged_spans(tokenizer, source, messages, where, **template), where)
         return _encode_tagged(tokenizer, messages, where, **template)
     full = _render(tokenizer, messages, where, **template)
     spans = []
@@ -48,6 +51,18 @@ def _encode_tagged(tokenizer, messages, where: str, **template) -> tuple[list[in
     except (TemplateError, TypeError) as error:
         raise DataError(f"{where}: the chat template refuses this chat: {error}") from error
     return list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
+
+
+def _tagged_spans(tokenizer, source: str, messages, where: str, tools=None, **template) -> tuple[str, list]:
+    """The rendered chat, and the characters [start, end) of it that are tagged."""
+    values = {**tokenizer.special_tokens_map, **template}
+    try:
+        rendered, spans = render_jinja_template(
+            [messages], tools=tools, chat_template=source, return_assistant_tokens_mask=True, **values
+        )
+    except (TemplateError, TypeError) as error:
+        raise DataError(f"{where}: the chat template refuses this chat: {error}") from error
+    return rendered[0], spans[0]
 
 
 def _render(tokenizer, messages, where: str, **template) -> str:
