@@ -176,7 +176,7 @@ class Encoder:
             ids, learn = encode[sample.kind](sample)
             for part_ids, part_learn in self._fit(ids, learn, sample):
                 labels = [token if flag else IGNORE_INDEX for token, flag in zip(part_ids, part_learn)]
-                labels[0] = IGNORE_INDEX
+                labels[:1] = [IGNORE_INDEX] * len(labels[:1])
                 if any(label != IGNORE_INDEX for label in labels):
                     yield part_ids, labels
                 elif len(ids) > self.args.max_length:

@@ -8,7 +8,9 @@ import gzip
 import importlib.util
 import json
 import re
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +70,14 @@ def read_samples(
         raise DataError(f"{name} is empty: there is no sample in it")
 
 
+def _suffix(path: Path) -> str:
+    """What kind of file it is: `.jsonl`, of `data.jsonl.gz` too; tables are not read compressed."""
+    inner = Path(path.stem).suffix
+    return inner if path.suffix == ".gz" and inner not in TABLE_SUFFIXES else path.suffix
+
+
 def _read_file(path: Path, text_field: str, sample_by: str) -> Iterator[Sample]:
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    suffix = _suffix(path)
     if suffix in TABLE_SUFFIXES:
         yield from _read_table(path, text_field)
     elif suffix in JSON_SUFFIXES:
@@ -95,7 +103,10 @@ def _read_folder(path: Path, split: str, text_field: str, sample_by: str) -> Ite
         yield from _check_rows(data, str(path), text_field)
         return
     known = (*JSON_SUFFIXES, *TABLE_SUFFIXES, *TEXT_SUFFIXES)
-    files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix in known]
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and _suffix(file) in known]
+    # What editors, notebooks and the Hub's client keep beside the data, and what describes it.
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    files = [file for file in files if not file.name.upper().startswith(("README.", "LICENSE."))]
     if not files:
         raise DataError(f"{path} holds no file of a kind that is known: {', '.join(known)}")
     for file in files:
@@ -115,8 +126,13 @@ def _decode(data: bytes, path: Path, line: int) -> str:
         raise DataError(f"{path}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x})") from error
 
 
+@contextmanager
 def _open(path: Path):
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: the gzip file is damaged: {error}") from error
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
@@ -131,10 +147,12 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
             text = _decode(data, path, number).strip()
             if text:
                 try:
-                    yield number, json.loads(text)
+                    row = json.loads(text)
                 except json.JSONDecodeError as error:
                     message = f"{path}, line {number}: no JSON: {error.msg} at column {error.colno}"
                     raise DataError(message) from error
+                _check_characters(row, text, f"{path}, line {number}")
+                yield number, row
 
 
 def _read_json_list(path: Path) -> Iterator[tuple[int, Any]]:
@@ -146,13 +164,28 @@ def _read_json_list(path: Path) -> Iterator[tuple[int, Any]]:
     while True:
         at = gap.match(text, at).end()
         if text[at : at + 1] == "]":
+            if text[at + 1 :].strip():
+                line += text.count("\n", seen, at + 1 + len(text[at + 1 :]) - len(text[at + 1 :].lstrip()))
+                raise DataError(f"{path}, line {line}: more stands behind the end of the list")
             return
         line, seen = line + text.count("\n", seen, at), at
         try:
-            row, at = decoder.raw_decode(text, at)
+            row, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {error.lineno}: no JSON: {error.msg} at column {error.colno}") from error
+        _check_characters(row, text[at:end], f"{path}, line {line}")
+        at = end
         yield line, row
+
+
+def _check_characters(row: Any, text: str, where: str) -> None:
+    """Raises `DataError` for half a surrogate pair, which JSON can write and no tokenizer can read."""
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = ord(error.object[error.start])
+            raise DataError(f"{where}: \\u{half:04x} is half of a surrogate pair, and no character") from error
 
 
 def _read_text(path: Path, sample_by: str) -> Iterator[Sample]:
@@ -224,14 +257,14 @@ def check_row(row: Any, where: str, text_field: str = "text") -> Sample:
         messages = _check_messages(row[key], key, where)
         if not any(message["role"] == "assistant" for message in messages):
             raise DataError(f"{where}: no assistant turn in {key!r}, so there is nothing to learn")
-        return Sample(CHAT, {"messages": messages, **_template_values(row)}, where)
+        return Sample(CHAT, {"messages": messages, **_template_values(row, where)}, where)
     if "prompt" in row and "completion" in row:
         kinds = {type(row["prompt"]), type(row["completion"])}
         if kinds == {list}:
             messages = {key: _check_messages(row[key], key, where) for key in ("prompt", "completion")}
             if not any(message["role"] == "assistant" for message in messages["completion"]):
                 raise DataError(f"{where}: no assistant turn in 'completion', so there is nothing to learn")
-            return Sample(CHAT, {**messages, **_template_values(row)}, where)
+            return Sample(CHAT, {**messages, **_template_values(row, where)}, where)
         if kinds != {str}:
             raise DataError(f"{where}: 'prompt' and 'completion' must both be text, or both lists of messages")
         if not row["completion"]:
@@ -249,12 +282,22 @@ def check_row(row: Any, where: str, text_field: str = "text") -> Sample:
     )
 
 
-def _template_values(row: dict[str, Any]) -> dict[str, Any]:
+def _template_values(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """What else the template gets: both may be text that holds JSON, as tables have it."""
     values = {}
-    if row.get("tools"):
-        values["tools"] = json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]
-    if row.get("chat_template_kwargs"):
-        values["chat_template_kwargs"] = row["chat_template_kwargs"]
+    for key, kind in (("tools", list), ("chat_template_kwargs", dict)):
+        value = row.get(key)
+        if isinstance(value, str) and value:
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where}: {key!r} is no JSON: {error}") from error
+        if value:
+            if not isinstance(value, kind):
+                raise DataError(
+                    f"{where}: {key!r} must be {'a list' if kind is list else 'an object'}, got {value!r:.60}"
+                )
+            values[key] = value
     return values
 
 
@@ -264,7 +307,8 @@ def _check_messages(messages: Any, key: str, where: str) -> list[dict[str, Any]]
     checked = []
     for number, message in enumerate(messages, start=1):
         if isinstance(message, dict) and {"from", "value"} <= set(message):
-            message = {"role": ROLES.get(message["from"], message["from"]), "content": message["value"]}
+            role = message["from"]
+            message = {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": message["value"]}
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"{where}: message {number} of {key!r} has no 'role'")
         content = message.get("content")

@@ -269,6 +269,17 @@ def test_tokenizers_without_offsets():
         encode_chat(SlowTokenizer(character_tokenizer(), 3), CHAT, "here")
 
 
+def test_tags_are_read_without_offsets_too():
+    from transformers import ByT5Tokenizer
+
+    slow = ByT5Tokenizer()  # bytes, in Python
+    slow.chat_template = TAGGED
+    ids, mask = encode_chat(slow, CHAT, "here")
+    learnt_ids = [token for token, flag in zip(ids, mask) if flag]
+    assert not slow.is_fast and slow.decode(learnt_ids) == "It is 5.</s>  Then 9.\nDone</s>"
+    assert slow.decode(ids) == slow.apply_chat_template(CHAT, tokenize=False)
+
+
 def test_conversations_tools_and_chat_completions(tmp_path):
     tokenizer = character_tokenizer()
     tokenizer.chat_template = CHATML + "{% if tools %}{{ tools[0].name }}{% endif %}"
@@ -299,6 +310,16 @@ BAD_LINES = {
     "no messages": (b'{"messages": []}', "line 2: 'messages' must be a list of messages"),
     "no role": (b'{"messages": [{"content": "a"}]}', "line 2: message 1 of 'messages' has no 'role'"),
     "no content": (b'{"messages": [{"role": "user"}]}', "line 2: message 1 of 'messages' has no 'content'"),
+    "odd role": (b'{"conversations": [{"from": ["gpt"], "value": "a"}]}', "line 2: message 1 .* has no 'role'"),
+    "half a character": (rb'{"text": "a \ud83d b"}', r"line 2: \\ud83d is half of a surrogate pair"),
+    "broken tools": (
+        b'{"messages": [{"role": "assistant", "content": "a"}], "tools": "[{"}',
+        "line 2: 'tools' is no JSON",
+    ),
+    "no tools": (
+        b'{"messages": [{"role": "assistant", "content": "a"}], "tools": 5}',
+        "line 2: 'tools' must be a list",
+    ),
     "no assistant": (b'{"messages": [{"role": "user", "content": "a"}]}', "line 2: no assistant turn in 'messages'"),
 }
 
@@ -321,6 +342,11 @@ def test_bad_files_are_named(tokenizer, tmp_path):
     fails("a.jsonl", b"", "a.jsonl is empty")
     fails("a.jsonl", b"\n \n", "a.jsonl is empty")
     fails("a.json", b'[{"text": "a"},\n {"text" "b"}]', "a.json, line 2: no JSON")
+    fails("a.json", b'[{"text": "a"}]\n[{"text": "b"}]', "a.json, line 2: more stands behind the end of the list")
+    fails("a.json", rb'[{"text": "a"}, {"text": "\udc00"}]', r"a.json, line 1: \\udc00 is half of a surrogate pair")
+    fails("a.jsonl.gz", gzip.compress(GOOD * 99)[:-9], "a.jsonl.gz: the gzip file is damaged")
+    fails("a.jsonl.gz", GOOD, "a.jsonl.gz: the gzip file is damaged")
+    fails("a.csv.gz", gzip.compress(b"text\na\n"), "do not know how to read")
     fails("a.txt", b"", "a.txt is empty")
     fails("a.txt", b"one\ntwo \xff\n", "a.txt, line 2: not UTF-8")
     fails("a.docx", b"x", "do not know how to read")
@@ -334,6 +360,32 @@ def test_bad_files_are_named(tokenizer, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no file"):
         load_rows(tokenizer, options(tmp_path / "empty"))
+
+
+def test_a_folder_is_its_data(tmp_path):
+    """Compressed files belong to it; hidden ones and descriptions do not."""
+    for name in ("a.jsonl", "b/c.jsonl.gz", "README.md", ".cache/huggingface/x.json", ".ipynb_checkpoints/a.jsonl"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(GOOD) if name.endswith(".gz") else GOOD)
+    assert [sample.where.partition("/data/")[2] for sample in read_samples(str(tmp_path / "data"))] == [
+        "a.jsonl, line 1",
+        "b/c.jsonl.gz, line 1",
+    ]
+    write(tmp_path / "emoji.jsonl", [{"text": "\U0001f600"}])  # a whole pair
+    assert next(read_samples(str(tmp_path / "emoji.jsonl"))).values["text"] == "\U0001f600"
+
+
+def test_text_without_any_token_is_named(tokenizer, tmp_path):
+    class Mute:
+        bos_token_id, eos_token_id = None, 1
+
+        def __call__(self, text, **kwargs):
+            return {"input_ids": []}
+
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    with pytest.raises(DataError, match="a.jsonl, line 1: nothing to learn in 0 tokens"):
+        load_rows(Mute(), options(tmp_path / "a.jsonl", add_eos_token=False))
 
 
 def test_parquet_rows_are_named(tokenizer, tmp_path):
