@@ -165,10 +165,18 @@ def collect_files(folder: Path, exclude: Iterable[str] = ()) -> tuple[dict[str, 
     """
     found: dict[str, Path] = {}
     left: list[str] = []
+
+    def excluded(relative: str) -> bool:
+        names = (relative, relative.rpartition("/")[2])
+        return any(fnmatch.fnmatch(name, pattern.rstrip("/")) for name in names for pattern in exclude)
+
     for root, folders, files in os.walk(folder):
         here = Path(root).relative_to(folder)
         for name in sorted(folders):
-            if name.startswith(".") or any(fnmatch.fnmatch(name, pattern) for pattern in LEFT_FOLDERS):
+            if excluded((here / name).as_posix()):
+                folders.remove(name)
+                left.append(f"{(here / name).as_posix()}/")
+            elif name.startswith(".") or any(fnmatch.fnmatch(name, pattern) for pattern in LEFT_FOLDERS):
                 folders.remove(name)
                 left += [] if name.startswith(".") or name == "__pycache__" else [f"{(here / name).as_posix()}/"]
             elif (folder / here / name).is_symlink():
@@ -177,7 +185,7 @@ def collect_files(folder: Path, exclude: Iterable[str] = ()) -> tuple[dict[str, 
                 )
         for name in sorted(files):
             relative = (here / name).as_posix()
-            if any(fnmatch.fnmatch(relative, pattern) or fnmatch.fnmatch(name, pattern) for pattern in exclude):
+            if excluded(relative):
                 left.append(relative)
             elif name.startswith(".") and name != ".gitattributes":
                 continue

@@ -210,6 +210,17 @@ def test_leftovers_of_training_stay_behind(folder):
     assert not any(name in found for name in left) and not any(name.startswith(".cache") for name in found)
 
 
+@pytest.mark.parametrize("pattern", ["notes", "notes/", "no*"])
+def test_folders_are_excluded_by_name(folder, tmp_path, pattern):
+    """Links to folders, too, as the message that refuses them says."""
+    (tmp_path / "secret").mkdir()
+    (folder / "notes").symlink_to(tmp_path / "secret")
+    (folder / "more" / "notes").mkdir(parents=True)
+    (folder / "more" / "notes" / "a.txt").write_text("x")
+    found, left = collect_files(folder, exclude=(pattern,))
+    assert left == ["notes/", "more/notes/"] and not any("notes" in name for name in found)
+
+
 @pytest.mark.parametrize("directory", [False, True], ids=["file", "folder"])
 def test_links_out_of_the_folder_are_refused(hub, folder, tmp_path, directory):
     secret = tmp_path / "secret"
