@@ -277,6 +277,9 @@ class _Job:
     def check_disk(self) -> None:
         """Refuses a conversion for which the disk has no room."""
         needed = _SPARE_BYTES + sum(shard.size for shard in self.shards if shard.filename not in self.finished)
+        sizes = self.source.store.files()
+        carried = self.source.carried if self.plan.carried is None else self.plan.carried
+        needed += sum(sizes[name] for name in carried) + sum(map(len, self.plan.files.values()))
         for path in self.files.iterdir():  # of the file that was under way, which is written again
             if path.name not in self.finished:
                 path.unlink()

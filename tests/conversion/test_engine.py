@@ -266,6 +266,15 @@ def test_too_little_room_is_noticed_before_the_start(source, tmp_path, monkeypat
     assert not any(tmp_path.iterdir())
 
 
+def test_room_for_carried_files_is_asked_for(tmp_path, monkeypatch):
+    folder = checkpoint(tmp_path / "source", experts=1)
+    (folder / "tokenizer.json").write_bytes(b" " * 30_000_000)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 40 * 10**6))
+    with pytest.raises(CheckpointError, match="the disk has 40 MB free, but the conversion needs 4[6-9]"):
+        run(folder, tmp_path / "out")
+
+
 @pytest.mark.parametrize("call", [3, 30])
 def test_a_disk_that_fills_up_leaves_what_is_finished(source, whole, call, tmp_path, monkeypatch):
     pwrite, calls = os.pwrite, []
