@@ -383,14 +383,17 @@ class RouterBalance:
         """What a resumed run needs for the same metrics and heat map; the biases are buffers of the model."""
         values = {"window": self._window, "total": self._total, "loss_sum": torch.as_tensor(self._loss_sum)}
         tensors = {name: value.cpu() for name, value in values.items() if value is not None}
-        return {**tensors, "loss_steps": self._loss_steps, "bias_update_rate": self.bias_update_rate}
+        rates = {"bias_update_rate": self.bias_update_rate, "first_bias_update_rate": self.options.bias_update_rate}
+        return {**tensors, "loss_steps": self._loss_steps, **rates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave."""
+        """Takes up what `state_dict` gave. A rate that was changed while training stays so, unless the options of this
+        run name another one than those of that run did."""
         device = next(self.decoder.parameters()).device
         self._window, self._total = (state[name].to(device) if name in state else None for name in ("window", "total"))
         self._loss_sum, self._loss_steps = state["loss_sum"].to(device), state["loss_steps"]
-        self.bias_update_rate = state["bias_update_rate"]
+        if state.get("first_bias_update_rate", self.options.bias_update_rate) == self.options.bias_update_rate:
+            self.bias_update_rate = state["bias_update_rate"]
 
 
 def _layer_index(router_name: str) -> int:

@@ -293,6 +293,20 @@ def test_resumed_counts():
     assert again.metrics() == metrics
 
 
+def test_a_resumed_run_may_name_another_rate():
+    """One that was changed while training stays changed; one that the options name anew counts."""
+    balance = RouterBalance(tiny_model(), BalanceOptions(bias_update_rate=0.1))
+    balance.bias_update_rate = 0.025  # as a schedule would
+    state = balance.state_dict()
+    for named, expected in ((0.1, 0.025), (0.5, 0.5), (0.0, 0.0)):
+        again = RouterBalance(tiny_model(), BalanceOptions(bias_update_rate=named))
+        again.load_state_dict(state)
+        assert again.bias_update_rate == expected
+    del state["first_bias_update_rate"]  # of a checkpoint from before
+    again.load_state_dict(state)
+    assert again.bias_update_rate == 0.025
+
+
 def test_loss_by_hand():
     """The whole path on one V3 model: the loss of every layer from Transformers' own record of router logits."""
     model = tiny_model("deepseek_v3", num_nextn_predict_layers=0).train()
