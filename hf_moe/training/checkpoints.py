@@ -12,6 +12,8 @@ their sizes: a folder that lost some is not taken up.
 
 import dataclasses
 import json
+import os
+import pickle
 import random
 import re
 import shutil
@@ -151,6 +153,7 @@ def save_checkpoint(trainer: "FinetuneTrainer", folder: Path) -> None:
             if path.is_file()
         }
         (staging / MANIFEST).write_text(json.dumps({"files": sizes}, indent=2), encoding="utf-8")
+        _flush(staging)
         if folder.exists():  # of a run that went on from an earlier step
             shutil.rmtree(folder)
         staging.rename(folder)
@@ -262,7 +265,19 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
 
 
 def _read(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path.parent} is broken: {path.name} cannot be read: {reason}") from error
+
+
+def _flush(folder: Path) -> None:
+    """Waits until the files are on the disk: the checkpoint before may be deleted next."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
 
 
 def _set_random_state(state: dict[str, Any]) -> None:

@@ -406,6 +406,14 @@ def test_epochs_end_where_all_rows_were_seen(tmp_path, rows, batch, epochs, expe
     assert run.step == expected[-1]
 
 
+def test_a_file_of_the_right_size_that_cannot_be_read_is_named(tmp_path):
+    trained(tmp_path, some_rows(), save_strategy="steps")
+    path = tmp_path / "checkpoint-4" / "optimizer.pt"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(CheckpointError, match="checkpoint-4 is broken: optimizer.pt cannot be read"):
+        trained(tmp_path, some_rows(), max_steps=6, resume_from_checkpoint="latest")
+
+
 def test_early_stopping(tmp_path):
     run = trained(
         tmp_path, some_rows(4), tiny_model(), some_rows(5, seed=9), max_steps=60, learning_rate=0.03,
