@@ -15,6 +15,7 @@ from ..models.op_quant import FP8, dequantize_block_fp8, quantize_block_fp8
 from ..models.weights_experts import SCALE_SUFFIX
 from ..models.weights_safetensors import CheckpointError
 from .adapter import Adapter, Delta, deltas_of
+from .families import quantization_of
 from .plain import stored_quantization
 from .plan import Group, Output, Plan, Tensors, copy_group
 from .source import Source, SourceTensor
@@ -253,8 +254,7 @@ def _find(structure: Structure, source: Source, name: str, adapter: Adapter, ent
 
 def _groups(source: Source, changes: dict[str, list[Change]]) -> Iterator[Group]:
     quantization = stored_quantization(source.config)
-    text = source.config.get("text_config") if isinstance(source.config.get("text_config"), dict) else {}
-    stored = source.config.get("quantization_config") or text.get("quantization_config") or {}
+    stored = quantization_of(source.config) or {}
     for name, entry in source.entries.items():
         weight = name.removesuffix(SCALE_SUFFIX)
         if weight not in changes:

@@ -15,6 +15,7 @@ from ..models.weights_experts import upstream_parts
 from ..models.weights_lazy import read_quantization_config
 from ..models.weights_safetensors import CheckpointError
 from ..models.weights_step3 import stack_parts
+from .families import quantization_of
 from .source import SourceTensor
 
 
@@ -104,8 +105,7 @@ def stored_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
     Raises:
         ValueError: for a format that is not read.
     """
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    return read_quantization_config(config.get("quantization_config") or text.get("quantization_config"))
+    return read_quantization_config(quantization_of(config))
 
 
 def plain_view(entries: Mapping[str, SourceTensor], config: dict[str, Any]) -> dict[str, Plain]:

@@ -224,6 +224,7 @@ class _Job:
         self.shards: list[Shard] = shards
         self.pieces: dict[str, list[Piece]] = pieces
         self.identity = _identity(source, plan, shards)
+        self.earlier = _earlier_steps(source)  # read now: a damaged record is no news for the end
         self.finished: dict[str, dict[str, Any]] = {}
         self.stop = threading.Event()
         self.lock = threading.Lock()
@@ -239,7 +240,7 @@ class _Job:
             return []
         try:
             state = json.loads(self.state_path.read_text(encoding="utf-8"))
-            known, finished = state["identity"], dict(state["finished"])
+            known, finished = dict(state["identity"]), dict(state["finished"])
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{self.state_path}: damaged ({error!r}). Remove {self.state_path.parent}."
@@ -437,11 +438,6 @@ class _Job:
 
     def _manifest(self, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Without times and paths: equal runs give equal manifests."""
-        earlier = []
-        store = self.source.store
-        if MANIFEST_NAME in store.files():
-            steps = read_json(store, MANIFEST_NAME).get("steps")
-            earlier = steps if isinstance(steps, list) else []
         report = _merge([self.finished[shard.filename].get("report", {}) for shard in self.shards])
         step = {
             "title": self.plan.title,
@@ -453,11 +449,19 @@ class _Job:
         }
         return {
             "format": 1,
-            "steps": [*earlier, step],
+            "steps": [*self.earlier, step],
             "tensors": sum(len(group.outputs) for group in self.plan.groups),
             "bytes": sum(output.nbytes for shard in self.shards for output in shard.outputs),
             "files": dict(sorted(files.items())),
         }
+
+
+def _earlier_steps(source: Source) -> list[Any]:
+    """The conversions that the source remembers."""
+    if MANIFEST_NAME not in source.store.files():
+        return []
+    steps = read_json(source.store, MANIFEST_NAME).get("steps")
+    return steps if isinstance(steps, list) else []
 
 
 class _Budget:

@@ -17,6 +17,7 @@ from ..models.weights_experts import FUSED_EXPERTS
 from ..models.weights_safetensors import CheckpointError
 from ..models.weights_step3 import FUSED_STACKS, VISION_PREFIXES
 from ..register import FAMILIES, load_class, model_type_of
+from .families import quantization_of
 
 # Prefixes under which multimodal wrappers keep the tensors of a language model that we read.
 _WRAPPERS = (("model.language_model.", "model."), ("language_model.", ""))
@@ -84,8 +85,14 @@ def read_config_class(config: dict[str, Any]) -> PreTrainedConfig:
         CheckpointError: that says which key is wrong.
     """
     config_class = load_class(FAMILIES[family_of(config)])
+    quantization_of(config)  # refuses what is no object
     try:
-        return config_class.from_dict(copy.deepcopy(config))
+        result = config_class.from_dict(copy.deepcopy(config))
+        text = result.get_text_config()
+        layers = getattr(text, "num_layers", None) or text.num_hidden_layers
+        if not isinstance(layers, int):
+            raise TypeError(f"the number of layers must be a whole number, got {layers!r}")
+        return result
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"config.json: {error}") from error
 

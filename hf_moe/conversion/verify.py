@@ -18,6 +18,7 @@ import torch
 from ..models.op_quant import FP8, block_grid
 from ..models.weights_lazy import read_quantization_config
 from ..models.weights_safetensors import INDEX_NAME, SINGLE_NAME, CheckpointError
+from .families import quantization_of
 from .inference import by_tensor, inference_files, plan_from_inference, read_inference_source, to_upstream_name
 from .source import MANIFEST_NAME, PICKLES, LocalStore, SourceTensor, read_header, read_json
 from .structure import Structure, fused_parameter, read_structure, wrapper_prefix
@@ -285,10 +286,12 @@ def _check_structure(config: dict[str, Any], entries: dict[str, SourceTensor], r
         report.notes.append(f"tensors outside of {prefix} are not checked against config.json")
         kept = {name: entry for name, entry in entries.items() if name.startswith(prefix) or name == "lm_head.weight"}
         entries = {own + name.removeprefix(prefix) if prefix in name else name: entry for name, entry in kept.items()}
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    stored = config.get("quantization_config") or text.get("quantization_config")
     try:
+        stored = quantization_of(config)
         quantization = read_quantization_config(stored)
+    except CheckpointError as error:  # names the file
+        report.problems.append(str(error))
+        return
     except ValueError as error:
         report.problems.append(f"config.json: {error}")
         return

@@ -424,10 +424,8 @@ def _conversion(checkpoint: Checkpoint) -> tuple[str, list[dict[str, str]], list
         return "There is no record of a conversion with these files.", [], []
     rows, checksums = [], []
     for number, step in enumerate(steps, 1):
-        options = ", ".join(
-            f"{key} {json.dumps(value, ensure_ascii=False)}"
-            for key, value in sorted((step.get("options") or {}).items())
-        )
+        chosen = step.get("options") if isinstance(step.get("options"), dict) else {}
+        options = ", ".join(f"{key} {json.dumps(value, ensure_ascii=False)}" for key, value in sorted(chosen.items()))
         versions = f"hf_moe {step.get('hf_moe', '?')}, torch {step.get('torch', '?')}"
         cells = {"step": step.get("title", ""), "options": options, "source": _origin(step), "versions": versions}
         rows.append({name: str(value).replace("|", "\\|") for name, value in cells.items()})
@@ -439,7 +437,8 @@ def _conversion(checkpoint: Checkpoint) -> tuple[str, list[dict[str, str]], list
             )
     # The card is among the files of the record where it was carried: its own checksum cannot stand in it.
     listed = checkpoint.manifest.get("files")
-    weights = {name: entry for name, entry in listed.items() if name.endswith(".safetensors")} if listed else {}
+    listed = listed if isinstance(listed, dict) else {}
+    weights = {name: entry for name, entry in listed.items() if name.endswith(".safetensors")}
     files = _file_rows(weights)
     if files:
         checksums.insert(0, {"title": f"SHA-256 of the weight files here ({len(files)})", "files": files})

@@ -74,8 +74,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def stored_precision(config: dict[str, Any]) -> str:
     """Precision of the published files: by `quantization_config`, else by dtype."""
-    for part in (config, config.get("text_config") or {}):
-        method = (part.get("quantization_config") or {}).get("quant_method")
+    for part in (config, config.get("text_config")):
+        quantization = part.get("quantization_config") if isinstance(part, dict) else None
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         if method == "fp8":
             return "fp8"
         if method == "compressed-tensors":

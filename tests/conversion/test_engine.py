@@ -221,11 +221,19 @@ def test_a_changed_source_is_noticed(half, source, tmp_path):
         os.utime(first, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
 
 
-@pytest.mark.parametrize("state", ["{", '{"identity": {}}', "[]"])
+@pytest.mark.parametrize("state", ["{", '{"identity": {}}', "[]", '{"identity": [1], "finished": {}}'])
 def test_a_damaged_state_is_refused(source, half, state):
     (partial_path(half) / "state.json").write_text(state)
     with pytest.raises(CheckpointError, match="state.json: damaged|a part of another"):
         run(source, half)
+
+
+def test_a_damaged_record_is_said_before_the_work(tmp_path):
+    folder = checkpoint(tmp_path / "source", experts=1)
+    (folder / "conversion.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="conversion.json: holds list"):
+        run(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_foreign_files_in_the_partial_folder_are_refused(source, tmp_path):

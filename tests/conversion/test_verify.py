@@ -291,6 +291,23 @@ def test_json_of_a_comparison(tmp_path):
     assert result.exit_code == 0 and "only here" in message(result) and "only there" in message(result)
 
 
+@pytest.mark.parametrize(
+    "key, value, words",
+    [("quantization_config", "fp8", "quantization_config"), ("num_hidden_layers", "3", "number of layers")],
+)
+def test_odd_configurations_are_one_clear_error_everywhere(key, value, words, tmp_path):
+    folder = edited_golden(tmp_path / "folder", "v3_fp8", **{key: value})
+    out = tmp_path / "out"
+    commands = [["verify", folder], ["slice", folder, out, "--experts", "4"], ["convert", folder, out, "--to", "fused"]]
+    if key == "quantization_config":
+        commands[1:2] = [["convert", folder, out, "--to", "bf16"]]
+        assert run("inspect", folder).exit_code == 0  # counts parameters, whatever the format
+    for command in commands:
+        result = run(*command)
+        assert result.exit_code == 2 and isinstance(result.exception, SystemExit), (command, result.exception)
+        assert "config.json" in message(result) and words in message(result)
+
+
 @pytest.mark.parametrize("place", ["with [b]old words", "closed [", "[v2]"])
 def test_brackets_in_paths_are_no_markup(place, tmp_path):
     source, target = edited_golden(tmp_path / place / "in", "v3_fp8"), tmp_path / place / "b] [/b]"
