@@ -100,6 +100,8 @@ def rotate(output_dir: Path, limit: int | None, best_step: int | None, step: int
     """
     if limit is None or not accelerator.is_main_process:
         return
+    for left in output_dir.glob("checkpoint-*.old"):  # by a run that was killed while it deleted
+        shutil.rmtree(left)
     folders = sorted(list_checkpoints(output_dir), key=lambda path: int(_NAME.fullmatch(path.name)[1]) > step)
     for folder in folders[limit:]:
         if best_step is None or folder.name != f"checkpoint-{best_step}":

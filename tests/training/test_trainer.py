@@ -406,6 +406,13 @@ def test_epochs_end_where_all_rows_were_seen(tmp_path, rows, batch, epochs, expe
     assert run.step == expected[-1]
 
 
+def test_what_a_killed_run_left_half_deleted_is_in_nobodys_way(tmp_path):
+    (tmp_path / "checkpoint-2.old").mkdir()
+    (tmp_path / "checkpoint-2.old" / "optimizer.pt").write_bytes(b"x")
+    trained(tmp_path, some_rows(), save_strategy="steps", save_steps=2, save_total_limit=1)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
 def test_a_file_of_the_right_size_that_cannot_be_read_is_named(tmp_path):
     trained(tmp_path, some_rows(), save_strategy="steps")
     path = tmp_path / "checkpoint-4" / "optimizer.pt"
