@@ -325,7 +325,7 @@ def _problem_of_scales(weight: Weight, scales: torch.Tensor) -> str | None:
         bad, rule = ~scales.isfinite(), "finite"
     else:
         bad = ~((scales > 0) & (scales * FP8_MAX <= torch.finfo(torch.bfloat16).max))
-        rule = "positive and finite"
+        rule = "positive, and small enough for weights to be finite"
     if not bad.any():
         return None
     where = tuple(bad.nonzero()[0].tolist())
