@@ -106,6 +106,10 @@ class _Operations(TorchDispatchMode):
         from_host = name == "_to_copy" and there is not None and not devices
         if (devices and (name in WAITING or mask_index or sized or (name == "copy_" and len(places) > 1))) or from_host:
             pretence.wait(name)
+        if devices and name in ("div", "div_") and self._is_on_host(args[1]) and not kwargs.get("rounding_mode"):
+            wide = torch.promote_types(args[0].dtype, torch.float32)
+            args = (args[0], torch.ones((), dtype=wide).div(args[1]).item())  # on a GPU, by the reciprocal
+            func = torch.ops.aten.mul.Tensor if name == "div" else torch.ops.aten.mul_.Tensor
         if devices and name == "histc":  # counts integers on a GPU, and only there
             args = (args[0].float(), *args[1:])
         result = func(*args, **kwargs)
@@ -114,6 +118,9 @@ class _Operations(TorchDispatchMode):
         elif devices and name not in ("copy_", "set_"):
             pretence.put(result, devices.pop())
         return result
+
+    def _is_on_host(self, value) -> bool:
+        return not isinstance(value, torch.Tensor) or self.pretence.place_of(value) is None
 
 
 class _Functions(TorchFunctionMode):

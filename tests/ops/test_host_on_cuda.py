@@ -6,7 +6,7 @@ from expert_cases import Shape, make_case, run_with_gradients
 from testing import assert_close, can_run_kernels
 from tiny import left_padded, random_ids, tiny_model
 
-from hf_moe.models import op_prefill
+from hf_moe.models import kernel_fp8, op_prefill, op_quant
 from hf_moe.models.layer_experts import Experts
 from hf_moe.models.op_experts import experts, experts_torch
 from hf_moe.models.op_fp8 import Fp8Format, fp8_linear
@@ -73,6 +73,21 @@ def test_fp8_linear_on_the_second_gpu(cuda, quantize):
     torch.cuda.set_sync_debug_mode("error")
     fp8_linear(rows, weight, scale, Fp8Format(), bias, quantize=quantize).backward(seed)
     assert rows.grad.device == torch.device("cuda", 1) and cuda.launches.count("linear_kernel") == 2
+
+
+@pytest.mark.parametrize("ue8m0", [False, True])
+def test_quantised_values_have_the_same_bits_everywhere(cuda, ue8m0):
+    """A GPU divides by a number with its reciprocal, which can be one bit off."""
+    weight, rows = torch.randn(300, 200), torch.randn(7, 200)
+    for quantize, kernel, matrix in (
+        (op_quant.quantize_block_fp8, kernel_fp8.quantize_block_fp8, weight),
+        (op_quant.quantize_rows, kernel_fp8.quantize_rows, rows),
+    ):
+        values, scales = quantize(matrix, ue8m0=ue8m0)
+        for function in (quantize, kernel):
+            there = function(matrix.to("cuda"), ue8m0=ue8m0)
+            assert torch.equal(there[1].cpu(), scales)
+            assert torch.equal(there[0].view(torch.uint8).cpu(), values.view(torch.uint8))
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "left padded"])
