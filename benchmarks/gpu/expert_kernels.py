@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 from common import save  # noqa: E402
 from occupancy import padded_rows  # noqa: E402
-from timing import attempt, copy_bandwidth  # noqa: E402
+from timing import attempt, copy_bandwidth, seconds_per_call  # noqa: E402
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 
 from hf_moe.models.kernel_tiles import tile_rows  # noqa: E402
@@ -51,33 +51,25 @@ DRY_MODELS = {
 DRY_TOKENS = (1, 3, 20)
 # Gathering a weight matrix per routed row: more rows than these do not fit.
 MAX_BATCHED_ROWS = 64
-# Calls that warm up, and calls that are timed; of the native backends, and in a dry run, fewer.
-WARM_UP, COUNT, NATIVE_COUNT = 2, 9, 5
-DRY_COUNT = 1
+# Calls that warm up, and calls that are timed; in a dry run, fewer.
+WARM_UP, COUNT, DRY_COUNT = 2, 7, 1
+# Layers of few tokens are timed in a row, each with a routing of its own: no cache holds the weights from call to call.
+ROUTINGS = 8
 
 
-def time_ms(function, repeats: int = COUNT) -> float:
-    """Median of single calls, by events, after `WARM_UP` others."""
-    times, repeats = [], DRY_COUNT if "--dry" in sys.argv else repeats
+def median_ms(calls: dict, repeats: int = COUNT) -> dict[str, float]:
+    """Medians of single calls, by events, after `WARM_UP` others; the calls take turns."""
+    times, repeats = {name: [] for name in calls}, DRY_COUNT if "--dry" in sys.argv else repeats
     for turn in range(repeats + WARM_UP):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        if turn >= WARM_UP:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def graphed(function):
-    """`function` as a CUDA graph: the time of the kernels without that of launching them."""
-    function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
+        for name, call in calls.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            if turn >= WARM_UP:
+                times[name].append(start.elapsed_time(end))
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def kernel_us(function) -> dict[str, float]:
@@ -92,7 +84,7 @@ def kernel_us(function) -> dict[str, float]:
 def dense_rate(size: int) -> float:
     """FLOP/s of a square bfloat16 product in cuBLAS."""
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / (time_ms(lambda: a @ b) * 1e-3)
+    return 2 * size**3 / seconds_per_call([lambda: a @ b] * 4, "cuda")
 
 
 class Layer(torch.nn.Module):
@@ -152,9 +144,14 @@ class Case:
     def __init__(self, sizes: tuple, tokens: int, weights: tuple):
         num_experts, self.hidden, self.inter, self.top_k = sizes
         x = torch.randn(tokens, self.hidden, device="cuda", dtype=torch.bfloat16)
-        ids = torch.rand(tokens, num_experts, device="cuda").argsort(-1)[:, : self.top_k].contiguous()
-        self.arguments = (x, ids, torch.rand(tokens, self.top_k, device="cuda"), *weights)
-        self.tokens, self.touched = tokens, ids.unique().numel()
+        few = tile_rows(tokens * self.top_k, num_experts, x.dtype) == 16
+        self.routings = [
+            torch.rand(tokens, num_experts, device="cuda").argsort(-1)[:, : self.top_k].contiguous()
+            for _ in range(ROUTINGS if few else 1)
+        ]
+        self.arguments = (x, self.routings[0], torch.rand(tokens, self.top_k, device="cuda"), *weights)
+        self.tokens = tokens
+        self.touched = statistics.mean(ids.unique().numel() for ids in self.routings)
 
     def kinds(self) -> dict[str, bool]:
         """Whether rows are quantised, by the name of what is multiplied."""
@@ -162,8 +159,9 @@ class Case:
             return {"bf16": False}
         return {"w8a16": False} | ({"w8a8": True} if converts_fp8(self.arguments[0].device) else {})
 
-    def call(self, quantize: bool):
-        return experts(*self.arguments, quantize=quantize, impl="triton")
+    def call(self, quantize: bool, ids: torch.Tensor | None = None):
+        x, first, *rest = self.arguments
+        return experts(x, first if ids is None else ids, *rest, quantize=quantize, impl="triton")
 
     def compile(self, quantize: bool) -> dict:
         self.call(quantize)
@@ -174,7 +172,16 @@ class Case:
         if not error < 1e-2:
             raise ValueError(f"off by {error:.1e}: not timed")
         call = lambda: self.call(quantize)  # noqa: E731
-        ms, graph_ms = time_ms(call), time_ms(graphed(call))
+        graph_ms = seconds_per_call([lambda ids=ids: self.call(quantize, ids) for ids in self.routings], "cuda") * 1e3
+        peers = {} if self.arguments[5] is not None else self.native_calls()
+        working, failed = {"": call}, {}
+        for backend, peer in peers.items():
+            tried = attempt(lambda peer=peer: {"shape": peer().shape})
+            if "failed" in tried:
+                failed[f"{backend} failed"] = tried["failed"]
+            else:
+                working[f"{backend} "] = peer
+        ms = median_ms(working)
         size = self.touched * sum(weight[0].numel() * weight.element_size() for weight in self.arguments[3:5])
         flops = 6 * self.tokens * self.top_k * self.hidden * self.inter
         rate = flops / (graph_ms * 1e-3)
@@ -184,7 +191,8 @@ class Case:
         block_m = tile_rows(ids.numel(), num_experts, hidden.dtype)
         return {
             "touched": self.touched,
-            "ms": ms,
+            **{f"{name}ms": value for name, value in ms.items()},
+            **failed,
             "graph ms": graph_ms,
             "error": error,
             "share of copy bandwidth": size / (graph_ms * 1e-3) / peak["copy bytes/s"],
@@ -195,19 +203,12 @@ class Case:
             "kernel us": attempt(lambda: kernel_us(call)),
         }
 
-    def measure_native(self) -> dict:
-        layer, row = Layer(*self.arguments[3:5]), {}
-        for backend in ("grouped_mm", "batched_mm"):
-            if backend == "batched_mm" and self.tokens * self.top_k > MAX_BATCHED_ROWS:
-                continue
-            row |= attempt(
-                lambda backend=backend: {
-                    f"{backend} ms": time_ms(
-                        lambda: ALL_EXPERTS_FUNCTIONS[backend](layer, *self.arguments[:3]), NATIVE_COUNT
-                    )
-                }
-            )
-        return row
+    def native_calls(self) -> dict:
+        """Transformers' backends by name."""
+        layer, backends = Layer(*self.arguments[3:5]), ["grouped_mm"]
+        if self.tokens * self.top_k <= MAX_BATCHED_ROWS:
+            backends.append("batched_mm")
+        return {name: lambda name=name: ALL_EXPERTS_FUNCTIONS[name](layer, *self.arguments[:3]) for name in backends}
 
 
 def layer_rows(name: str, sizes: tuple, token_counts: tuple, fp8: bool, peak: dict, deadline: float):
@@ -220,8 +221,7 @@ def layer_rows(name: str, sizes: tuple, token_counts: tuple, fp8: bool, peak: di
             if time.monotonic() > deadline:
                 return
             row = {"model": name, "experts": num_experts, "kind": kind, "tokens": tokens}
-            row |= attempt(lambda case=case, quantize=quantize: case.measure(quantize, peak))
-            yield row if fp8 else row | case.measure_native()
+            yield row | attempt(lambda case=case, quantize=quantize: case.measure(quantize, peak))
 
 
 def warm(models: dict, token_counts: tuple) -> bool:
@@ -243,7 +243,7 @@ def warm(models: dict, token_counts: tuple) -> bool:
     return failed
 
 
-def lora_row(fold: bool, sizes: tuple = (128, 2048, 768, 8, 16, 4096)) -> dict:
+def lora_rows(sizes: tuple = (128, 2048, 768, 8, 16, 4096)) -> list[dict]:
     """Forward and backward of LoRA experts: 128 experts of 2048 x 768, 8 choices, rank 16, 4,096 tokens."""
     num_experts, hidden, inter, top_k, rank, tokens = sizes
     gate_up, down, *_ = make_weights(num_experts, hidden, inter, False)
@@ -255,24 +255,37 @@ def lora_row(fold: bool, sizes: tuple = (128, 2048, 768, 8, 16, 4096)) -> dict:
     ids = torch.rand(tokens, num_experts, device="cuda").argsort(-1)[:, :top_k].contiguous()
     weights, seed = torch.rand(tokens, top_k, device="cuda"), torch.randn_like(x)
 
-    def step():
-        if fold:
-            a1, b1, a2, b2 = factors
-            layer = Layer(gate_up + b1 @ a1, down + b2 @ a2)
-            output = ALL_EXPERTS_FUNCTIONS["grouped_mm"](layer, x, ids, weights)
-        else:
-            output = experts(x, ids, weights, gate_up, down, lora=ExpertLora(*factors), impl="triton")
-        output.backward(seed)
+    def fold():
+        a1, b1, a2, b2 = factors
+        layer = Layer(gate_up + b1 @ a1, down + b2 @ a2)
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](layer, x, ids, weights)
+
+    def grouped():
+        return experts(x, ids, weights, gate_up, down, lora=ExpertLora(*factors), impl="triton")
+
+    def step(forward):
+        forward().backward(seed)
         for tensor in (x, *factors):
             tensor.grad = None
 
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    memory = (torch.cuda.max_memory_allocated() - before) / 1e9
-    return {"model": "lora", "kind": "fold" if fold else "grouped", "tokens": tokens, "ms": time_ms(step), "GB": memory}
+    def memory(forward) -> dict:
+        step(forward)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(forward)
+        return {"GB": (torch.cuda.max_memory_allocated() - before) / 1e9}
+
+    forms = {"fold": fold, "grouped": grouped}
+    rows = {name: attempt(lambda form=form: memory(form)) for name, form in forms.items()}
+    ms = median_ms({name: lambda name=name: step(forms[name]) for name, row in rows.items() if "failed" not in row})
+    rows = {name: row | ({"ms": ms[name]} if name in ms else {}) for name, row in rows.items()}
+    if len(ms) == 2:
+        with torch.no_grad():
+            ours, theirs = grouped().float(), fold().float()
+        rows["grouped"]["error"] = ((ours - theirs).norm() / theirs.norm()).item()
+        rows["grouped"]["ratio"] = ms["fold"] / ms["grouped"]
+    return [{"model": "lora", "kind": name, "tokens": tokens, **row} for name, row in rows.items()]
 
 
 def main() -> None:
@@ -302,9 +315,9 @@ def main() -> None:
         print(json.dumps(row), flush=True)
         save("expert_kernels", rows, "cuda", args.out, **peak)
 
-    for fold in (False, True) if args.lora else ():
-        sizes = {"sizes": (4, 64, 32, 2, 4, 40)} if args.dry else {}
-        keep(attempt(lambda fold=fold, sizes=sizes: lora_row(fold, **sizes)))
+    if args.lora:
+        for row in lora_rows(*[(4, 64, 32, 2, 4, 40)] if args.dry else ()):
+            keep(row)
     for name, sizes in models.items():
         for fp8 in (True, False):
             now = time.monotonic()

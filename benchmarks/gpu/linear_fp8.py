@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from common import report, save  # noqa: E402
-from timing import attempt, copies_beyond_cache, copy_bandwidth, seconds_per_call  # noqa: E402
+from timing import attempt, copies_beyond_cache, copy_bandwidth, seconds_of_each  # noqa: E402
 
 from hf_moe.models import kernel_fp8, op_quant  # noqa: E402
 
@@ -66,7 +66,7 @@ def cases(rows: int, out_features: int, in_features: int, device: str, limit: in
 def measure(rows: int, sizes: tuple[int, int], device: str, bandwidth: float) -> dict:
     out_features, in_features = sizes
     calls = cases(rows, out_features, in_features, device)
-    seconds = {form: seconds_per_call(form_calls, device) for form, form_calls in calls.items()}
+    seconds = seconds_of_each(calls, device)
     row = {f"{form} us": value * 1e6 for form, value in seconds.items()}
     for form in ("w8a8", "w8a16"):
         row[f"{form} of copy bandwidth"] = out_features * in_features / seconds[form] / bandwidth

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from common import report, save  # noqa: E402
-from timing import attempt, seconds_per_call  # noqa: E402
+from timing import attempt, seconds_of_each  # noqa: E402
 
 from hf_moe.models.op_prefill import CausalMask, latent_prefill  # noqa: E402
 
@@ -64,15 +64,15 @@ def row(queries: int, context: int, heads: int, device: str, warm: bool) -> dict
         return {}
     seen = queries * context - queries * (queries - 1) // 2
     flops = 2 * heads * (seen * (NOPE + ROPE + VALUE) + context * LATENT * width)
-    result = {}
-    for name, call in (("whole", whole), ("pieces", pieces)):
-        seconds = seconds_per_call([call], device)
+    calls, result = {"whole": whole, "pieces": pieces}, {}
+    seconds = seconds_of_each({name: [call] for name, call in calls.items()}, device)
+    for name, call in calls.items():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         result |= {
-            f"{name} ms": seconds * 1e3,
-            f"{name} TFLOP/s": flops / seconds / 1e12,
+            f"{name} ms": seconds[name] * 1e3,
+            f"{name} TFLOP/s": flops / seconds[name] / 1e12,
             f"{name} MB": (torch.cuda.max_memory_allocated() - before) / 1e6,
         }
     return result

@@ -10,6 +10,7 @@ ended, and the rows that benchmarks had written by then; `log.txt` holds all out
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = ["tests/gpu", "tests/ops"]  # every test that is marked `gpu` is in one of them
 LIMIT_SECONDS = 8.75 * 60
 WARM_SECONDS = 20  # that may pass after the tests until everything is compiled
+INTERRUPT_SECONDS = 5  # that a part has to end after it was interrupted
 
 
 class Part(NamedTuple):
@@ -49,7 +51,7 @@ TINY_EXPERTS += ["--intermediate", "32", "--layers", "1", "--repeats", "1", "--b
 TINY_LONGCAT = [*CUDA, "--dtypes", "bfloat16", "--tokens", "2", "--experts", "4", "--zero-experts", "2", "--top-k", "2"]
 TINY_LONGCAT += ["--hidden", "64", "--intermediate", "32", "--repeats", "1"]
 QUEUE = [
-    Part("tests", 210, ["-m", "pytest", "-m", "gpu", "-q", "--tb=short", "-rf", "-p", "no:cacheprovider", *TESTS], []),
+    Part("tests", 210, ["-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-rf", "-p", "no:cacheprovider", *TESTS], []),
     Part("mla_decode", 45, ["benchmarks/gpu/mla_decode.py"], TINY_MLA),
     Part("mla_prefill", 30, ["benchmarks/gpu/mla_prefill.py"], TINY_PREFILL),
     Part("linear_fp8", 45, ["benchmarks/gpu/linear_fp8.py"], ["--rows", "2", "--layers", "40x136", "--megabytes", "1"]),
@@ -108,7 +110,7 @@ class Queue:
             try:
                 ending = process.wait(seconds)
             except subprocess.TimeoutExpired:
-                stop(process)
+                interrupt(process)
                 ending = f"stopped after {seconds:.0f} s"
             for path in sorted(Path(folder).glob("*.json")):
                 self.results["benchmarks"].setdefault(part.name, []).append(json.loads(path.read_text()))
@@ -136,6 +138,16 @@ class Queue:
         temporary.replace(self.out / "results.json")
 
 
+def interrupt(process: subprocess.Popen) -> None:
+    """Ends a process that may say first how far it came, as pytest does with the failures so far."""
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(INTERRUPT_SECONDS)
+    with contextlib.suppress(ProcessLookupError):  # what it started may still be there
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def stop(process: subprocess.Popen) -> None:
     """Ends a process and those that it started."""
     if process.poll() is None:
@@ -146,7 +158,8 @@ def stop(process: subprocess.Popen) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for log.txt and results.json")
-    parser.add_argument("--parts", nargs="+", default=[part.name for part in QUEUE], help="only these")
+    names = [part.name for part in QUEUE]
+    parser.add_argument("--parts", nargs="+", default=names, choices=names, help="only these")
     parser.add_argument("--dry", action="store_true", help="try the queue at tiny sizes without a GPU")
     args = parser.parse_args()
     queue = Queue(args.out, args.dry)

@@ -26,8 +26,8 @@ def copies_beyond_cache(nbytes: int, limit: int = 64) -> int:
 
 
 def seconds_per_call(calls: Sequence[Callable[[], object]], device: str, repeats: int = 5) -> float:
-    """Median seconds of one of `calls`, which are made in their order: on a GPU in a graph, so that launching is not
-    what is measured."""
+    """Median seconds of one of `calls`, which are made in their order: on a GPU in a graph, and that behind another
+    one, so that launching is not what is measured."""
     return seconds_of_each({"calls": calls}, device, repeats)["calls"]
 
 
@@ -35,19 +35,29 @@ def seconds_of_each(
     forms: dict[str, Sequence[Callable[[], object]]], device: str, repeats: int = 5
 ) -> dict[str, float]:
     """Median seconds of a call of each form, as in `seconds_per_call`; they take turns, in a new order each time."""
-    wait = (lambda: None) if device == "cpu" else torch.cuda.synchronize
     runs = {name: _as_one(calls, device) for name, calls in forms.items()}
     seconds, order, shuffler = {name: [] for name in runs}, list(runs), random.Random(0)
     for turn in range(repeats + 1):
         shuffler.shuffle(order)
         for name in order:
-            wait()
-            start = time.perf_counter()
-            runs[name]()
-            wait()
+            value = _seconds_of(runs[name], device)
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(value)
     return {name: sorted(values)[len(values) // 2] / len(forms[name]) for name, values in seconds.items()}
+
+
+def _seconds_of(run: Callable[[], object], device: str) -> float:
+    if device == "cpu":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    run()  # keeps the GPU busy until it has been told of everything that follows
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
 
 
 def _as_one(calls: Sequence[Callable[[], object]], device: str) -> Callable[[], object]:

@@ -261,7 +261,7 @@ def changed(change: dict, shipped: dict) -> dict:
 def build_linear(sizes: tuple, rows: int, kind: str, device: str) -> Problem:
     out_features, in_features = sizes
     nbytes = out_features * in_features
-    copies = 1 if device == "meta" else copies_beyond_cache(nbytes, limit=24)
+    copies = 1 if device == "meta" else copies_beyond_cache(nbytes)
     grid = -(-out_features // 128), -(-in_features // 128)
     weights = [values(device, out_features, in_features).to(FP8) for _ in range(copies)]
     scale = torch.full(grid, 0.02, device=device)
@@ -310,7 +310,7 @@ def linear_cases(dry: bool) -> list[dict]:
 
 def build_mla(batch: int, context: int, heads: int, masked: bool, device: str) -> Problem:
     nbytes = batch * context * (512 + 64) * 2
-    copies = 1 if device == "meta" else copies_beyond_cache(nbytes, limit=8)
+    copies = 1 if device == "meta" else copies_beyond_cache(nbytes)
     query, query_rope = values(device, batch, 1, heads, 512), values(device, batch, 1, heads, 64)
     caches = [(values(device, batch, context, 512), values(device, batch, context, 64)) for _ in range(copies)]
     mask = None
