@@ -142,8 +142,6 @@ class _Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in ("is_pinned", "pin_memory"):
             return args[0] if name == "pin_memory" else False
-        if name == "record_stream":
-            return None
         if name == "scaled_dot_product_attention":  # a CPU takes it apart, with masks of its own
             places = {pretence.place_of(leaf) for leaf in tree_iter((args, kwargs)) if isinstance(leaf, torch.Tensor)}
             if len(places) > 1:
@@ -327,6 +325,7 @@ def pretend_cuda(capability: tuple[int, int] = (9, 0), processors: int = 3) -> I
     tensor_values = {
         "device": property(pretence.device_of),
         "is_cuda": property(lambda tensor: pretence.place_of(tensor) is not None),
+        "record_stream": lambda tensor, stream: None,
         "get_device": lambda tensor: -1 if pretence.place_of(tensor) is None else pretence.place_of(tensor),
     }
     modules = [module for name, module in sys.modules.items() if name.startswith("hf_moe.models.")]
