@@ -175,9 +175,15 @@ def mla_decode_kernel(
 
     begin = split * split_length
     end = tl.minimum(begin + split_length, context)
-    mask_rows = (first_row + rows) // heads * mask_query if PER_QUERY else None
+    mask_rows = None
     if HAS_MASK:
         mask_ptr += batch * mask_batch
+    if PER_QUERY:  # from here on, only the queries that the rows belong to
+        first_query = first_row // heads
+        mask_ptr += first_query.to(tl.int64) * mask_query
+        mask_rows = ((first_row + rows) // heads - first_query) * mask_query
+        queries = tl.minimum((first_row + BLOCK_M - 1) // heads + 1, queries) - first_query
+    if HAS_MASK:
         begin, end, count = masked_range(mask_ptr, queries, mask_query, begin, end, PER_QUERY, SCAN)
 
     if begin >= end:  # nothing to attend to; and with this case apart, the sums are those of products alone

@@ -133,8 +133,8 @@ def _has_compiler() -> bool:
 
 @torch.compiler.assume_constant_result
 def runs_kernels(device: torch.device) -> bool:
-    """Whether kernels can be launched on tensors of `device`: a CUDA device of compute capability 8.0 and up where there
-    is a C compiler, or any CPU tensor under the interpreter."""
+    """Whether kernels can be launched on tensors of `device`: a CUDA device of compute capability 8.0 and up, where
+    there is a C compiler, or any CPU tensor under the interpreter."""
     if not HAS_TRITON:
         return False
     if INTERPRETING:

@@ -188,3 +188,16 @@ def test_latents_in_a_large_cache():
     output = kernel_mla.mla_decode(query, query_rope, latent, key_rope, None, 0.1)
     scores = query.float() @ latent.float().mT.unsqueeze(1) + query_rope.float() @ key_rope.float().mT.unsqueeze(1)
     close(output, (scores * 0.1).softmax(-1) @ latent.float().unsqueeze(1))
+
+
+def test_masks_of_queries_that_are_far_apart():
+    """Three queries of 32 heads, whose rows of the mask are 2**30 bytes apart."""
+    buffer = torch.empty(LIMIT + 40, dtype=torch.bool)
+    mask = buffer.as_strided((1, 3, 40), (3 * LIMIT, LIMIT // 2, 1))
+    mask.copy_(torch.rand(1, 3, 40) < 0.5)
+    latent, key_rope = torch.randn(1, 40, 32).bfloat16(), torch.randn(1, 40, 16).bfloat16()
+    query, query_rope = torch.randn(1, 3, 32, 32).bfloat16() * 0.2, torch.randn(1, 3, 32, 16).bfloat16()
+    output = kernel_mla.mla_decode(query, query_rope, latent, key_rope, mask, 0.1)
+    scores = query.float() @ latent.float().mT.unsqueeze(1) + query_rope.float() @ key_rope.float().mT.unsqueeze(1)
+    weights = (scores * 0.1).masked_fill(~mask.unsqueeze(2), -torch.inf).softmax(-1)
+    close(output, weights @ latent.float().unsqueeze(1))
