@@ -57,7 +57,7 @@ def mla_tile(num_rows: int, capability: tuple[int, int], per_query: bool = False
     """
     block_m = max(16, min(64, next_power_of_2(num_rows)))
     if capability in ((8, 6), (8, 9)) or capability[0] == 12:  # 99 KiB of shared memory
-        return MlaTile(min(block_m, 32), 16, 8 if block_m >= 32 else 4, 3, None)
+        return MlaTile(min(block_m, 32), 16, 8 if block_m >= 32 else 4, 3, 255)
     if per_query and capability[0] >= 9:
         block_m = min(block_m, 32)
     if block_m == 16:
