@@ -136,6 +136,10 @@ class LongcatFlashConfig(UpstreamConfig):
         self.zero_expert_num = self.zero_expert_num or 0
         self.routed_scaling_factor = float(self.routed_scaling_factor)
         self._reject_other_architectures(kwargs)
+        self.check_fields()
+        super().__post_init__(**kwargs)
+
+    def check_fields(self) -> None:
         choose("attention_method", self.attention_method, ATTENTION_METHODS)
         choose("mla_mode", self.mla_mode, MLA_MODES)
         check_loss_weight(self.mtp_loss_weight)
@@ -150,7 +154,6 @@ class LongcatFlashConfig(UpstreamConfig):
             raise ValueError(
                 '`attention_method="LSA"` (sparse attention) needs `index_topk`, up to which dense attention is exact.'
             )
-        super().__post_init__(**kwargs)
 
     @property
     def num_hidden_layers(self) -> int:

@@ -50,8 +50,8 @@ class LongcatFlashNgramConfig(LongcatFlashConfig):
     ngram_tables: str = "model"
     ngram_vocab_size: int | None = None
 
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
+    def check_fields(self) -> None:
+        super().check_fields()
         choose("ngram_tables", self.ngram_tables, NGRAM_TABLES)
         if not self.has_ngrams:
             return

@@ -108,6 +108,10 @@ class Step3TextConfig(UpstreamConfig):
                 setattr(self, name, kwargs.pop(alias))
         if self.num_attention_groups is None:
             self.num_attention_groups = 1
+        self.check_fields()
+        super().__post_init__(**kwargs)
+
+    def check_fields(self) -> None:
         if self.num_attention_groups != 1:
             raise ValueError(
                 f"`num_attention_groups={self.num_attention_groups!r}` is not supported: Step3 has one key and value "
@@ -121,7 +125,6 @@ class Step3TextConfig(UpstreamConfig):
                 f"`moe_top_k={self.moe_top_k}` must be between 1 and `moe_num_experts={self.moe_num_experts}`."
             )
         choose("head_dim % 2", self.head_dim % 2, (0,))
-        super().__post_init__(**kwargs)
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):

@@ -38,12 +38,15 @@ class Step3VisionConfig(UpstreamConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        self.check_fields()
+        super().__post_init__(**kwargs)
+
+    def check_fields(self) -> None:
         for divisor, number in (("patch_size", "image_size"), ("num_attention_heads", "hidden_size")):
             if getattr(self, number) % getattr(self, divisor):
                 raise ValueError(
                     f"`{divisor}={getattr(self, divisor)}` does not divide `{number}={getattr(self, number)}`."
                 )
-        super().__post_init__(**kwargs)
 
 
 class Step3VLConfig(UpstreamConfig):

@@ -1,5 +1,6 @@
 """Configurations: upstream `config.json` in, the same keys and values out, and clear errors for what we cannot run."""
 
+import copy
 import json
 
 import pytest
@@ -353,3 +354,62 @@ def test_choice_may_take_more_experts_than_the_kept_groups_hold(topk_method):
         topk_method=topk_method, n_routed_experts=16, n_group=4, topk_group=1, num_experts_per_tok=6
     )
     assert config.num_experts_per_tok == 6
+
+
+# --- arguments of `from_pretrained` beside the file -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "option", "named"),
+    [
+        ("deepseek_v3", {"mla_mode": "absorbd"}, ["mla_mode", "absorbd"]),
+        ("deepseek_v3", {"mtp_loss_weight": -1}, ["mtp_loss_weight=-1"]),
+        ("deepseek_v2", {"topk_group": 99}, ["topk_group=99"]),
+        ("kimi_k2", {"rope_scaling": {"type": "spiral", "factor": 2.0}}, ["rope_scaling", "spiral"]),
+        ("longcat_flash", {"moe_topk": 2000}, ["moe_topk=2000"]),
+        ("longcat_flash_ngram", {"ngram_tables": "dsk"}, ["ngram_tables", "dsk", "disk"]),
+        ("step3_text", {"num_experts_per_tok": 99}, ["moe_top_k=99"]),
+        ("step3_text", {"moe_layers_enum": "4,five"}, ["moe_layers_enum", "4,five"]),
+    ],
+)
+def test_a_bad_argument_beside_the_file_is_one_clear_error(model_type, option, named, tmp_path):
+    folder = write(tmp_path / "in", model_type=model_type)
+    with pytest.raises(ValueError) as caught:
+        AutoConfig.from_pretrained(folder, **option)
+    assert all(word in str(caught.value) for word in named), caught.value
+
+
+def test_a_list_of_moe_layers_beside_the_file_is_written_as_a_string(tmp_path):
+    config = AutoConfig.from_pretrained(write(tmp_path / "in", model_type="step3_text"), moe_layers_enum=[4, 5])
+    assert saved(config, tmp_path / "out")["moe_layers_enum"] == "4,5"
+
+
+LINEAR = {"type": "linear", "factor": 2.0}
+FLAT = {"rope_theta": 20000.0, "rope_scaling": YARN}
+NESTED = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 20000.0, "factor": 40}}
+
+
+@pytest.mark.parametrize(
+    ("option", "rope_type", "factor", "theta"),
+    [
+        ({"rope_scaling": LINEAR}, "linear", 2.0, 20000.0),
+        ({"rope_scaling": None}, "default", None, 20000.0),
+        ({"rope_theta": 77.0}, "yarn", 40, 77.0),
+        ({"rope_theta": 77.0, "rope_scaling": LINEAR}, "linear", 2.0, 77.0),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "linear", 2.0, 20000.0),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}}, "default", None, 3.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stored", [FLAT, NESTED], ids=["flat", "nested"])
+def test_rope_beside_the_file_takes_the_place_of_what_is_in_it(stored, option, rope_type, factor, theta, tmp_path):
+    given = copy.deepcopy(option)
+    folder = write(tmp_path / "in", model_type="deepseek_v3", **stored)
+    config, unused = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **given)
+    assert not unused and given == option
+    spelled = saved(config, tmp_path / "out")
+    for rope in (config.rope_parameters, AutoConfig.from_pretrained(tmp_path / "out").rope_parameters):
+        assert (rope["rope_type"], rope.get("factor"), rope["rope_theta"]) == (rope_type, factor, theta)
+    assert ("rope_parameters" in spelled) == (stored is NESTED)
+    if stored is FLAT and rope_type == "default":
+        assert spelled["rope_scaling"] is None
