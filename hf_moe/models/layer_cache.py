@@ -29,9 +29,8 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past, new = self.get_seq_length(), key_states.shape[-2]
-        needs_grad = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-        if needs_grad or torch.compiler.is_compiling():
-            # Writing in place would break autograd's saved tensors.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            # Writing in place would break what autograd saved: the context itself, even where only queries are trained.
             self._buffers = None
             return super().update(key_states, value_states, *args, **kwargs)
         if not self._has_room(past + new, key_states.shape[0]):

@@ -25,6 +25,7 @@ def same(growing: DynamicLayer, reference: DynamicLayer) -> bool:
 
 
 @pytest.mark.parametrize("seed", range(20))
+@torch.no_grad()
 def test_random_operations(seed, poisoned):
     """Any sequence of cache operations leaves what a dynamic layer holds, bit for bit."""
     dice = random.Random(seed)
@@ -71,6 +72,7 @@ def test_random_operations(seed, poisoned):
     assert torch.equal(growing.update(*new)[0], reference.update(*new)[0]) and same(growing, reference)
 
 
+@torch.no_grad()
 def test_updating_a_copy_leaves_the_original():
     growing = GrowingLayer()
     growing.update(*states(1, 5))
@@ -82,6 +84,7 @@ def test_updating_a_copy_leaves_the_original():
     assert not torch.equal(growing.keys[..., -1, :], branch.keys[..., -1, :])
 
 
+@torch.no_grad()
 def test_a_cropped_cache_refuses_or_follows_another_batch_size():
     """After a crop to nothing, states of another batch size must not be broadcast into the old room."""
     growing = GrowingLayer()
@@ -96,6 +99,7 @@ def test_a_cropped_cache_refuses_or_follows_another_batch_size():
     assert torch.equal(keys, new[0]) and torch.equal(values, new[1])
 
 
+@torch.no_grad()
 def test_growth_is_amortised():
     """2000 single tokens move the context a handful of times, and spare room stays a small share of it."""
     growing, places = GrowingLayer(), []
@@ -119,6 +123,18 @@ def test_gradients_reach_cached_states():
     second, _ = growing.update(key * 2, value)
     (squared + (second**2).sum()).backward()
     assert_close("gradient", key.grad, 2 * key.detach() * (1 + 1 + 4), "float32")
+
+
+def test_context_that_has_no_gradient_itself_may_be_needed_for_one():
+    """A frozen key is saved to differentiate by the query: later tokens must not be written beside it."""
+    query, (key, value) = torch.randn(1, 1, 2, 6, requires_grad=True), states(1, 4)
+    growing = GrowingLayer()
+    first, _ = growing.update(key, value)
+    scores = query @ first.transpose(2, 3)
+    second, _ = growing.update(*states(1, 2))
+    (scores.sum() + (query @ second.transpose(2, 3)).sum()).backward()
+    expected = (first.sum(2, keepdim=True) + second.sum(2, keepdim=True)).expand_as(query)
+    assert_close("gradient", query.grad, expected, "float32")
 
 
 def test_a_cache_made_without_gradients_goes_on_with_them():
