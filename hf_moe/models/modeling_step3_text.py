@@ -23,7 +23,7 @@ from .layer_cache import adopt_growing_layers
 from .layer_dense import GatedMLP, RMSNorm
 from .layer_experts import Experts
 from .layer_head import LMHead
-from .layer_mask import long_mask
+from .layer_mask import check_mask, long_mask
 from .layer_mfa import MultiMatrixAttention
 from .layer_rope import RotaryEmbedding
 from .layer_router import SoftmaxRouter
@@ -192,6 +192,7 @@ class Step3TextModel(Step3TextPreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _make_mask(self, inputs_embeds, attention_mask, past_key_values, position_ids):
+        check_mask(attention_mask)
         mask = long_mask(self.config, inputs_embeds, attention_mask, past_key_values)
         if mask is not None:
             return mask

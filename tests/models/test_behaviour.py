@@ -8,6 +8,7 @@ import pytest
 import torch
 from testing import assert_close
 from tiny import left_padded, random_ids, tiny_config, tiny_model
+from tiny_step3 import text_model
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, pipeline
 from transformers.models.deepseek_v2 import DeepseekV2ForCausalLM as NativeV2
 from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as NativeV3
@@ -344,6 +345,22 @@ def test_attention_implementations_agree(implementation, padded):
             cache = model(ids[:, :8], attention_mask=mask_of(8), use_cache=True).past_key_values
             step = model(ids[:, 8:], attention_mask=mask_of(9), past_key_values=cache).logits
             assert_close(f"{mode} step", step, expected[:, 8:], "float32")
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", [*FAMILIES, "step3_text"])
+@torch.no_grad()
+def test_prepared_masks_are_boolean_or_additive(family, implementation):
+    model = text_model() if family == "step3_text" else tiny_model(family)
+    model.set_attn_implementation(implementation)
+    ids, mask = left_padded([random_ids(1, 9)[0], random_ids(1, 5, seed=1)[0]])
+    expected = model(ids, attention_mask=mask).logits[mask.bool()]
+    prepared = torch.ones(9, 9, dtype=torch.bool).tril() & mask[:, None, None].bool()  # (2, 1, 9, 9)
+    additive = torch.zeros(prepared.shape).masked_fill(~prepared, torch.finfo(torch.float32).min)
+    for name, form in (("boolean", prepared), ("additive", additive)):
+        assert_close(name, model(ids, attention_mask=form).logits[mask.bool()], expected, "float32")
+    with pytest.raises(ValueError, match="int64: a 4D mask is boolean"):
+        model(ids, attention_mask=prepared.long())
 
 
 @pytest.mark.skipif(
