@@ -1,6 +1,8 @@
 """What `generate(use_mtp=True)` promises beyond the tokens: options, outputs, memory, and errors."""
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -219,6 +221,21 @@ def test_asked_for_in_the_generation_config(model, batch):
     assert out.speculation.drafted > 0 and config.use_mtp
     out = model.generate(batch[0], attention_mask=batch[1], generation_config=config, use_mtp=False)
     assert not hasattr(out, "speculation")
+
+
+def test_threads_share_a_model(model):
+    """Each text is what it is alone; what drafting has learned is nobody's meanwhile but one call's."""
+    prompts = [random_ids(1, 4 + length, seed=length, high=VOCAB) for length in range(6)]
+    options = {**GREEDY, "max_new_tokens": 30}
+    expected = [model.generate(ids, **options) for ids in prompts]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # as if there were many more
+    try:
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            texts = list(pool.map(lambda ids: model.generate(ids, use_mtp=True, **options), prompts * 4))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(text, wanted) for text, wanted in zip(texts, expected * 4))
 
 
 # --- memory and work --------------------------------------------------------------------------------------------------
