@@ -120,7 +120,9 @@ class MoePreTrainedModel(Fp8ModelMixin, PreTrainedModel):
         capturing = input_ids.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if on_cpu or (is_prompt and not capturing):
             low, high = (bound.item() for bound in input_ids.aminmax())
-            entries = self.get_input_embeddings().num_embeddings
+            # A table under an adapter does not say.
+            vocab_size = self.config.get_text_config().vocab_size
+            entries = getattr(self.get_input_embeddings(), "num_embeddings", vocab_size)
             if low < 0 or high >= entries:
                 raise IndexError(
                     f"`input_ids` holds token ids from {low} to {high}, but the vocabulary has {entries} entries. "

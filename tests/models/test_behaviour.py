@@ -502,6 +502,29 @@ def test_lora_on_kv_b_proj_shows_in_both_orders():
     assert_close("logits", step, full[:, 8:], "float32")
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "longcat_flash_ngram", "step3_text"])
+@pytest.mark.parametrize(
+    "table",
+    [{"target_modules": ["embed_tokens"]}, {"target_modules": ["o_proj"], "trainable_token_indices": [3, 4]}],
+    ids=["lora", "single_tokens"],
+)
+def test_adapters_on_the_embedding_table(table, family):
+    base = text_model() if family == "step3_text" else tiny_model(family)
+    model = lora(base, **table).train()
+    ids = random_ids(2, 9)
+    ids[:, 2:4] = torch.tensor([3, 4])
+    model(input_ids=ids, labels=ids).loss.backward()
+    grown = [n for n, p in model.named_parameters() if "embed_tokens" in n and p.grad is not None and p.grad.any()]
+    assert grown
+    with pytest.raises(IndexError, match="vocabulary has 101 entries"):
+        model(input_ids=ids + 90)
+    model.eval()
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    text = model.generate(input_ids=ids, **options)
+    if family != "step3_text":
+        assert torch.equal(model.generate(input_ids=ids, use_mtp=True, **options), text)
+
+
 def test_decode_with_offloaded_layers(tmp_path):
     """Layers on disk come in for their own forward call only; cached decode must not read weights past it."""
     model = tiny_model()
