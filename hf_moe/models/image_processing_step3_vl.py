@@ -255,19 +255,23 @@ def _open(image: Any, index: int):
 
 def _from_array(array: Any):
     """An array or tensor as a Pillow image."""
-    tensor = torch.as_tensor(array).detach().cpu()
+    # Of other arrays a copy: PyTorch takes no views that run backwards, as of BGR images, and warns of read-only memory.
+    tensor = torch.as_tensor(array if isinstance(array, torch.Tensor) else array.__array__().copy()).detach().cpu()
     if tensor.ndim == 2:
         tensor = tensor.unsqueeze(-1)
     elif tensor.ndim == 3 and tensor.shape[-1] not in (1, 3, 4) and tensor.shape[0] in (1, 3, 4):
         tensor = tensor.permute(1, 2, 0)
     if tensor.ndim != 3 or tensor.shape[-1] not in (1, 3, 4) or tensor.numel() == 0:
         raise ValueError(f"an array of shape {tuple(tensor.shape)} is no image of 1, 3 or 4 channels")
-    if tensor.is_floating_point():
+    if tensor.is_floating_point() or tensor.dtype == torch.bool:
+        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         if not (tensor.isfinite().all() and tensor.min() >= 0 and tensor.max() <= 1):
             raise ValueError("an array of floating point numbers must hold values from 0 to 1")
         tensor = (tensor * 255).round()
-    elif tensor.min() < 0 or tensor.max() > 255:
-        raise ValueError("an array of integers must hold values from 0 to 255")
+    elif tensor.dtype != torch.uint8:
+        tensor = tensor.long()
+        if tensor.min() < 0 or tensor.max() > 255:
+            raise ValueError("an array of integers must hold values from 0 to 255")
     height, width, channels = tensor.shape
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
     return image_utils.PIL.Image.frombytes(mode, (width, height), tensor.to(torch.uint8).numpy().tobytes())

@@ -119,16 +119,22 @@ def test_files_of_every_mode(size, mode, form, tmp_path):
         assert grey == pytest.approx(30000 / 65535, abs=0.01)
 
 
+@pytest.mark.filterwarnings("error")
 def test_same_picture_in_other_clothes():
     image = picture(70, 50)
     tensor = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(50, 70, 3)
     stream = io.BytesIO()
     image.save(stream, "PNG")
+    read_only = tensor.numpy().copy()
+    read_only.flags.writeable = False
     expected = SMALL(image)
     forms = {
         "channels last": tensor,
         "channels first": tensor.permute(2, 0, 1),
         "numpy": tensor.numpy(),
+        "backwards": tensor.flip(-1).numpy()[..., ::-1],  # as OpenCV's images are turned to RGB
+        "read-only": read_only,
+        "16 bits": tensor.numpy().astype("uint16"),
         "floats": tensor / 255,
         "base64": base64.b64encode(stream.getvalue()).decode(),
         "batch": tensor[None],
@@ -137,6 +143,13 @@ def test_same_picture_in_other_clothes():
         output = SMALL(form)
         for key in expected:
             assert torch.equal(output[key], expected[key]), (name, key)
+
+
+def test_true_is_white():
+    mask = torch.rand(50, 70) < 0.5
+    expected = SMALL(mask.to(torch.uint8) * 255)
+    for form in (mask, mask.numpy()):
+        assert torch.equal(SMALL(form)["pixel_values"], expected["pixel_values"])
 
 
 def test_pictures_are_turned_upright(tmp_path):
