@@ -114,6 +114,20 @@ def test_growth_is_amortised():
     assert capacity <= 2100 * 1.25 + 128, f"room for {capacity} tokens"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_states_of_another_dtype_widen_the_context(dtypes):
+    """As concatenation does: what was cached under autocast goes on without it."""
+    growing, reference = GrowingLayer(), DynamicLayer()
+    for keys, values in (dtypes, (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        new = states(1, 2)[0].to(keys), states(1, 2)[1].to(values)
+        growing.update(*new)
+        reference.update(*new)
+        assert torch.equal(growing.keys.float(), reference.keys.float())
+        assert torch.equal(growing.values.float(), reference.values.float())
+    assert growing.keys.dtype == growing.values.dtype == torch.float32
+
+
 def test_gradients_reach_cached_states():
     """With gradients on nothing is written in place: prefix tuning differentiates through the cache."""
     key, value = (tensor.requires_grad_() for tensor in states(1, 4))
