@@ -255,7 +255,7 @@ def _open(image: Any, index: int):
 
 def _from_array(array: Any):
     """An array or tensor as a Pillow image."""
-    # Of other arrays a copy: PyTorch takes no views that run backwards, as of BGR images, and warns of read-only memory.
+    # Of other arrays a copy: PyTorch takes no views that run backwards, as of BGR images, and warns of read-only ones.
     tensor = torch.as_tensor(array if isinstance(array, torch.Tensor) else array.__array__().copy()).detach().cpu()
     if tensor.ndim == 2:
         tensor = tensor.unsqueeze(-1)
