@@ -191,6 +191,20 @@ def test_float32_whatever_the_dtype_of_the_model():
     assert_close("router logits", logits, hidden_states.double() @ router.weight.double().t(), "float32")
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "longcat_flash"])
+@pytest.mark.parametrize("cast", [torch.nn.Module.half, torch.nn.Module.bfloat16, lambda m: m.to(torch.bfloat16)])
+def test_casts_leave_the_correction_bias(cast, family):
+    """As `from_pretrained` with a dtype: a rounded bias picks other experts."""
+    model = tiny_model(family)
+    name = next(name for name, _ in model.named_buffers() if name.endswith("e_score_correction_bias"))
+    exact = model.get_buffer(name).clone()
+    model = cast(model)
+    assert model.lm_head.weight.itemsize == 2
+    assert model.get_buffer(name).dtype == torch.float32 and torch.equal(model.get_buffer(name), exact)
+    wide = model.double().get_buffer(name)
+    assert wide.dtype == torch.float64 and torch.equal(wide.float(), exact)
+
+
 def test_no_statistics_before_the_first_pass():
     assert make_router(CASES[0].values[0]).tokens_per_expert is None
 
