@@ -366,13 +366,14 @@ def deferred():
     [
         lambda output: output.logits,
         lambda output: output["logits"],
+        lambda output: output.get("logits"),
         lambda output: output[1],
         lambda output: output.to_tuple()[1],
         lambda output: output[:2][1],
         lambda output: getattr(output, "logits", None),
         lambda output: copy.copy(output).logits,
     ],
-    ids=["attribute", "key", "index", "tuple", "slice", "getattr", "copy"],
+    ids=["attribute", "key", "get", "index", "tuple", "slice", "getattr", "copy"],
 )
 def test_logits_are_there_for_who_reads_them(read, monkeypatch):
     calls, forward = [], LMHead.forward
@@ -390,6 +391,7 @@ def test_logits_are_there_for_who_reads_them(read, monkeypatch):
     assert sum(calls) == 1 and logits.requires_grad
     assert torch.equal(logits, model(ids).logits)
     assert read(output) is not None and output.logits is output["logits"]
+    assert output.get("attentions", 5) == 5
 
 
 def test_logits_read_without_gradients_first_still_have_them():
