@@ -147,6 +147,23 @@ def test_base_model_loads_from_a_causal_lm_checkpoint(case):
     assert max_difference(states, expected(case)["last_hidden_state"]) < LOGITS_ATOL
 
 
+@pytest.mark.parametrize("case", ["v3_basic", "v2_group_limited", "kimi_k2"])
+def test_a_class_of_the_user_loads_and_saves(case, tmp_path):
+    """Transformers finds conversions by the name of a class; one that it does not know has the same experts."""
+    expected = AutoModel.from_pretrained(golden(case), dtype=torch.float32)
+
+    class Derived(type(expected)):
+        pass
+
+    model, info = Derived.from_pretrained(golden(case), dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and set(info["unexpected_keys"]) <= HEADS
+    model.save_pretrained(tmp_path / "saved")
+    again = type(expected).from_pretrained(tmp_path / "saved")
+    for name, tensor in expected.state_dict().items():
+        assert_same_bits(name, model.state_dict()[name], tensor)
+        assert_same_bits(name, again.state_dict()[name], tensor)
+
+
 @pytest.mark.parametrize("auto_class", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
 @pytest.mark.parametrize("case", ["v3_basic", "v2_group_limited", "kimi_k2"])
 def test_classification_heads_load_the_backbone_and_say_that_the_head_is_new(case, auto_class):
