@@ -197,7 +197,11 @@ class LongcatFlashConfig(UpstreamConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As in Transformers; of a multimodal wrapper's configuration, the language part."""
+        """As in Transformers; of a multimodal wrapper's configuration, the language part.
+
+        Raises:
+            ValueError: for another `num_hidden_layers` beside the file, which would change nothing.
+        """
         for key in _LANGUAGE_PARTS:
             part = config_dict.get(key)
             if isinstance(part, dict) and "num_layers" in part:
@@ -206,13 +210,24 @@ class LongcatFlashConfig(UpstreamConfig):
                 break
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
+        asked = kwargs.get("num_hidden_layers", config.num_hidden_layers)
+        if asked != config.num_hidden_layers:
+            raise ValueError(
+                f"`num_hidden_layers={asked!r}` counts the attentions of LongCat, two a layer, and follows from "
+                f"`num_layers={config.num_layers}`: give that."
+            )
         config._upstream_derived = {key: config_dict[key] for key in cls.derived_keys if key in config_dict}
+        config._upstream_num_layers = config_dict.get("num_layers")
         return result
 
     def to_dict(self) -> dict[str, Any]:
         """Serialises with the upstream spelling; see `UpstreamConfig.to_dict`."""
         output = super().to_dict()
-        output.update(output.pop("_upstream_derived", None) or {})
+        derived = output.pop("_upstream_derived", None) or {}
+        if self._upstream_num_layers and derived.get("num_hidden_layers"):
+            # By layers or by attentions, as the file counts.
+            derived["num_hidden_layers"] = derived["num_hidden_layers"] * self.num_layers // self._upstream_num_layers
+        output.update(derived)
         if self._upstream_keys and "num_nextn_predict_layers" not in self._upstream_keys:
             output.pop("num_nextn_predict_layers", None)
         return output

@@ -49,6 +49,24 @@ def test_num_layers_is_the_only_truth(claimed):
     assert config.to_dict().get("num_hidden_layers") == claimed, "a file's number is written back as it was"
 
 
+@pytest.mark.parametrize(("claimed", "written"), [(28, 4), (56, 8)])
+def test_fewer_layers_are_written_as_the_file_counts(claimed, written):
+    """Native Transformers reads `num_layers` out of the derived number, whatever `num_layers` says."""
+    fields = {"num_layers": 28, "num_hidden_layers": claimed}
+    config = LongcatFlashConfig.from_dict(fields, num_layers=4)
+    assert config.to_dict()["num_hidden_layers"] == written
+    changed = LongcatFlashConfig.from_dict(fields)
+    changed.num_layers = 4
+    assert changed.to_dict()["num_hidden_layers"] == written
+    assert LongcatFlashConfig.from_dict(changed.to_dict()).to_dict()["num_hidden_layers"] == written
+
+
+def test_the_derived_number_of_layers_cannot_be_asked_for():
+    with pytest.raises(ValueError, match="num_layers=28"):
+        LongcatFlashConfig.from_dict({"num_layers": 28}, num_hidden_layers=4)
+    assert LongcatFlashConfig.from_dict({"num_layers": 28}, num_hidden_layers=56).num_layers == 28
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_config_round_trip_is_verbatim(case, tmp_path):
     stored = read_config(GOLDENS / case)
