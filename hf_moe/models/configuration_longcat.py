@@ -27,6 +27,8 @@ class LongcatConfig(LongcatFlashNgramConfig):
         "AutoConfig": "configuration_longcat.LongcatConfig",
         "AutoModel": "modeling_longcat.LongcatModel",
         "AutoModelForCausalLM": "modeling_longcat.LongcatCausalLM",
+        "AutoModelForSequenceClassification": "modeling_longcat.LongcatForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_longcat.LongcatForTokenClassification",
     }
     architecture_names = ("LongcatCausalLM",)
     own_defaults = {

@@ -53,6 +53,8 @@ class LongcatFlashConfig(UpstreamConfig):
         "AutoConfig": "configuration_longcat_flash.LongcatFlashConfig",
         "AutoModel": "modeling_longcat_flash.LongcatFlashModel",
         "AutoModelForCausalLM": "modeling_longcat_flash.LongcatFlashForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_longcat_flash.LongcatFlashForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_longcat_flash.LongcatFlashForTokenClassification",
     }
     # Architecture names by which files without `model_type` are recognised.
     architecture_names = ("LongcatFlashForCausalLM", "LongcatFlashOmniForCausalLM")

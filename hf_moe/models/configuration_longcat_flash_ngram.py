@@ -30,6 +30,8 @@ class LongcatFlashNgramConfig(LongcatFlashConfig):
         "AutoConfig": "configuration_longcat_flash_ngram.LongcatFlashNgramConfig",
         "AutoModel": "modeling_longcat_flash_ngram.LongcatFlashNgramModel",
         "AutoModelForCausalLM": "modeling_longcat_flash_ngram.LongcatFlashNgramForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_longcat_flash_ngram.LongcatFlashNgramForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_longcat_flash_ngram.LongcatFlashNgramForTokenClassification",
     }
     architecture_names = ("LongcatFlashNgramForCausalLM",)
     ngram_tables_padded = False  # whether files may have more rows than the hashes reach

@@ -17,6 +17,8 @@ class LongcatNextConfig(LongcatFlashNgramConfig):
         "AutoConfig": "configuration_longcat_next.LongcatNextConfig",
         "AutoModel": "modeling_longcat_next.LongcatNextModel",
         "AutoModelForCausalLM": "modeling_longcat_next.LongcatNextForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_longcat_next.LongcatNextForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_longcat_next.LongcatNextForTokenClassification",
     }
     architecture_names = ("LongcatNextForCausalLM",)
     ngram_tables_padded = True

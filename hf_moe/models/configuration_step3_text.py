@@ -47,6 +47,8 @@ class Step3TextConfig(UpstreamConfig):
         "AutoConfig": "configuration_step3_text.Step3TextConfig",
         "AutoModel": "modeling_step3_text.Step3TextModel",
         "AutoModelForCausalLM": "modeling_step3_text.Step3TextForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_step3_text.Step3TextForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_step3_text.Step3TextForTokenClassification",
     }
     fp8_weights = (
         r"model\.layers\.\d+\.self_attn\.(q_proj|wq|k_proj|v_proj|o_proj)\.weight",

@@ -70,6 +70,8 @@ class Step3VLConfig(UpstreamConfig):
         "AutoModelForImageTextToText": "modeling_step3_vl.Step3VLForConditionalGeneration",
         # The text model alone, which leaves the vision tensors in the file.
         "AutoModelForCausalLM": "modeling_step3_vl.Step3VLForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_step3_vl.Step3VLForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_step3_vl.Step3VLForTokenClassification",
     }
     processor_code_map = {
         "AutoImageProcessor": "image_processing_step3_vl.Step3VLImageProcessor",

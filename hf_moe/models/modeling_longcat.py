@@ -11,7 +11,12 @@ from .configuration_longcat import LongcatConfig
 from .layer_dense import RMSNorm
 from .layer_linear import Linear
 from .layer_ngram import make_table
-from .modeling_longcat_flash_ngram import LongcatFlashNgramForCausalLM, LongcatFlashNgramModel
+from .modeling_longcat_flash_ngram import (
+    LongcatFlashNgramForCausalLM,
+    LongcatFlashNgramForSequenceClassification,
+    LongcatFlashNgramForTokenClassification,
+    LongcatFlashNgramModel,
+)
 from .weights_experts import register_expert_converters
 
 
@@ -63,6 +68,30 @@ class LongcatCausalLM(LongcatFlashNgramForCausalLM, GenerationMixin):
     model_class = LongcatModel
 
 
-register_expert_converters("LongcatModel", "LongcatCausalLM")
+class LongcatForSequenceClassification(LongcatFlashNgramForSequenceClassification):
+    """The decoder with a linear score on each sequence's last token."""
 
-__all__ = ["LongcatCausalLM", "LongcatModel"]
+    config_class = LongcatConfig
+    model_class = LongcatModel
+
+
+class LongcatForTokenClassification(LongcatFlashNgramForTokenClassification):
+    """The decoder with a linear score on every token."""
+
+    config_class = LongcatConfig
+    model_class = LongcatModel
+
+
+register_expert_converters(
+    "LongcatModel",
+    "LongcatCausalLM",
+    "LongcatForSequenceClassification",
+    "LongcatForTokenClassification",
+)
+
+__all__ = [
+    "LongcatCausalLM",
+    "LongcatForSequenceClassification",
+    "LongcatForTokenClassification",
+    "LongcatModel",
+]

@@ -24,6 +24,7 @@ from .layer_router import ZeroExpertRouter
 from .layer_zero_experts import ExpertLoad, ZeroExpertMoE
 from .modeling_base import MoePreTrainedModel
 from .modeling_causal_lm import MTPCausalLMMixin, MTPCausalLMOutputWithPast
+from .modeling_classification import SequenceClassificationMixin, TokenClassificationMixin
 from .modeling_decoder import LatentDecoderMixin
 from .op_stream import branch
 from .weights_experts import register_expert_converters
@@ -389,6 +390,18 @@ class LongcatFlashForCausalLM(MTPCausalLMMixin, LongcatFlashPreTrainedModel, MTP
         return self.lm_head
 
 
+class LongcatFlashForSequenceClassification(SequenceClassificationMixin, LongcatFlashPreTrainedModel):
+    """The decoder with a linear score on each sequence's last token."""
+
+    model_class = LongcatFlashModel
+
+
+class LongcatFlashForTokenClassification(TokenClassificationMixin, LongcatFlashPreTrainedModel):
+    """The decoder with a linear score on every token."""
+
+    model_class = LongcatFlashModel
+
+
 def _token_mask(attention_mask, batch: int, seq: int, past_key_values: Cache | None) -> torch.Tensor | None:
     """Which of the new tokens are no padding, (batch, seq) bool; `None` where all are, or nothing tells."""
     if not isinstance(attention_mask, torch.Tensor):
@@ -401,6 +414,17 @@ def _token_mask(attention_mask, batch: int, seq: int, past_key_values: Cache | N
     return sees_itself if sees_itself.dtype == torch.bool else sees_itself >= 0
 
 
-register_expert_converters("LongcatFlashModel", "LongcatFlashForCausalLM")
+register_expert_converters(
+    "LongcatFlashModel",
+    "LongcatFlashForCausalLM",
+    "LongcatFlashForSequenceClassification",
+    "LongcatFlashForTokenClassification",
+)
 
-__all__ = ["LongcatFlashForCausalLM", "LongcatFlashModel", "LongcatFlashPreTrainedModel"]
+__all__ = [
+    "LongcatFlashForCausalLM",
+    "LongcatFlashForSequenceClassification",
+    "LongcatFlashForTokenClassification",
+    "LongcatFlashModel",
+    "LongcatFlashPreTrainedModel",
+]

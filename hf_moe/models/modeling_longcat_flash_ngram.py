@@ -22,7 +22,13 @@ from .layer_ngram import (
     preceding_tokens,
     token_layer,
 )
-from .modeling_longcat_flash import LongcatFlashForCausalLM, LongcatFlashModel, LongcatFlashPreTrainedModel
+from .modeling_longcat_flash import (
+    LongcatFlashForCausalLM,
+    LongcatFlashForSequenceClassification,
+    LongcatFlashForTokenClassification,
+    LongcatFlashModel,
+    LongcatFlashPreTrainedModel,
+)
 from .weights_experts import register_expert_converters
 
 logger = logging.get_logger(__name__)
@@ -182,6 +188,30 @@ class LongcatFlashNgramForCausalLM(LongcatFlashNgramPreTrainedModel, LongcatFlas
     model_class = LongcatFlashNgramModel
 
 
-register_expert_converters("LongcatFlashNgramModel", "LongcatFlashNgramForCausalLM")
+class LongcatFlashNgramForSequenceClassification(
+    LongcatFlashNgramPreTrainedModel, LongcatFlashForSequenceClassification
+):
+    """The decoder with a linear score on each sequence's last token."""
 
-__all__ = ["LongcatFlashNgramForCausalLM", "LongcatFlashNgramModel"]
+    model_class = LongcatFlashNgramModel
+
+
+class LongcatFlashNgramForTokenClassification(LongcatFlashNgramPreTrainedModel, LongcatFlashForTokenClassification):
+    """The decoder with a linear score on every token."""
+
+    model_class = LongcatFlashNgramModel
+
+
+register_expert_converters(
+    "LongcatFlashNgramModel",
+    "LongcatFlashNgramForCausalLM",
+    "LongcatFlashNgramForSequenceClassification",
+    "LongcatFlashNgramForTokenClassification",
+)
+
+__all__ = [
+    "LongcatFlashNgramForCausalLM",
+    "LongcatFlashNgramForSequenceClassification",
+    "LongcatFlashNgramForTokenClassification",
+    "LongcatFlashNgramModel",
+]

@@ -7,7 +7,12 @@ import torch
 from transformers.generation import GenerationMixin
 
 from .configuration_longcat_next import LongcatNextConfig
-from .modeling_longcat_flash_ngram import LongcatFlashNgramForCausalLM, LongcatFlashNgramModel
+from .modeling_longcat_flash_ngram import (
+    LongcatFlashNgramForCausalLM,
+    LongcatFlashNgramForSequenceClassification,
+    LongcatFlashNgramForTokenClassification,
+    LongcatFlashNgramModel,
+)
 from .weights_experts import register_expert_converters
 
 _OTHER_MODALITIES = [r"(visual|audio)_(tokenizer|head)\.", r"(visual|audio)_(embed|bridge|offset)"]
@@ -56,6 +61,32 @@ class LongcatNextForCausalLM(LongcatFlashNgramForCausalLM, GenerationMixin):
         return table
 
 
-register_expert_converters("LongcatNextModel", "LongcatNextForCausalLM")
+class LongcatNextForSequenceClassification(LongcatFlashNgramForSequenceClassification):
+    """The decoder with a linear score on each sequence's last token."""
 
-__all__ = ["LongcatNextForCausalLM", "LongcatNextModel"]
+    config_class = LongcatNextConfig
+    model_class = LongcatNextModel
+    _keys_to_ignore_on_load_unexpected = _OTHER_MODALITIES
+
+
+class LongcatNextForTokenClassification(LongcatFlashNgramForTokenClassification):
+    """The decoder with a linear score on every token."""
+
+    config_class = LongcatNextConfig
+    model_class = LongcatNextModel
+    _keys_to_ignore_on_load_unexpected = _OTHER_MODALITIES
+
+
+register_expert_converters(
+    "LongcatNextModel",
+    "LongcatNextForCausalLM",
+    "LongcatNextForSequenceClassification",
+    "LongcatNextForTokenClassification",
+)
+
+__all__ = [
+    "LongcatNextForCausalLM",
+    "LongcatNextForSequenceClassification",
+    "LongcatNextForTokenClassification",
+    "LongcatNextModel",
+]

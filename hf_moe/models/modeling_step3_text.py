@@ -29,6 +29,7 @@ from .layer_rope import RotaryEmbedding
 from .layer_router import SoftmaxRouter
 from .modeling_base import MoePreTrainedModel
 from .modeling_causal_lm import CausalLMMixin, MTPCausalLMOutputWithPast
+from .modeling_classification import SequenceClassificationMixin, TokenClassificationMixin
 from .weights_step3 import VISION_PREFIXES, join_stacks, register_step3_conversions, stack_parts
 
 
@@ -114,6 +115,8 @@ class Step3TextPreTrainedModel(MoePreTrainedModel):
         for key in ("quantization_config", "dtype"):
             if getattr(text, key, None) is None and getattr(config, key, None) is not None:
                 setattr(text, key, getattr(config, key))
+        for key in ("id2label", "label2id", "problem_type"):  # what a caller asks of a head stands outside
+            setattr(text, key, getattr(config, key, None))
         return text
 
     def join_sharded(self, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -266,6 +269,24 @@ class Step3TextForCausalLM(CausalLMMixin, Step3TextPreTrainedModel, GenerationMi
         )
 
 
+class Step3TextForSequenceClassification(SequenceClassificationMixin, Step3TextPreTrainedModel):
+    """The decoder with a linear score on each sequence's last token."""
+
+    model_class = Step3TextModel
+
+
+class Step3TextForTokenClassification(TokenClassificationMixin, Step3TextPreTrainedModel):
+    """The decoder with a linear score on every token."""
+
+    model_class = Step3TextModel
+
+
 register_step3_conversions()
 
-__all__ = ["Step3TextForCausalLM", "Step3TextModel", "Step3TextPreTrainedModel"]
+__all__ = [
+    "Step3TextForCausalLM",
+    "Step3TextForSequenceClassification",
+    "Step3TextForTokenClassification",
+    "Step3TextModel",
+    "Step3TextPreTrainedModel",
+]

@@ -28,7 +28,12 @@ from .configuration_step3_vl import CLASS_TOKENS, Step3VisionConfig, Step3VLConf
 from .layer_head import LMHead
 from .modeling_base import MoePreTrainedModel
 from .modeling_causal_lm import CausalLMMixin, DeferredCausalLMOutput, MTPCausalLMOutputWithPast
-from .modeling_step3_text import Step3TextForCausalLM, Step3TextModel
+from .modeling_step3_text import (
+    Step3TextForCausalLM,
+    Step3TextForSequenceClassification,
+    Step3TextForTokenClassification,
+    Step3TextModel,
+)
 from .weights_step3 import join_stacks, stack_parts
 
 # Inputs that concern images, and only the prompt.
@@ -521,27 +526,55 @@ class Step3VLForConditionalGeneration(CausalLMMixin, Step3VLPreTrainedModel, Gen
         return output
 
 
-class Step3VLForCausalLM(Step3TextForCausalLM, GenerationMixin):
-    """What `AutoModelForCausalLM` finds for a vision checkpoint: gives a `Step3TextForCausalLM`, without the tower."""
+class _TextAlone:
+    """What an Auto class finds for a vision checkpoint: gives the text model's class, without the tower."""
 
     config_class = Step3VLConfig
+    text_class: type
+    auto_class: str
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs) -> Step3TextForCausalLM:
+    def from_pretrained(cls, *args, **kwargs):
         """Loads the text model of a vision checkpoint; the tower stays in the file."""
         # As remote code, only the class that was asked for is marked: mark what the user gets, so that it saves.
         Step3TextConfig.register_for_auto_class("AutoConfig")
-        Step3TextForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-        return Step3TextForCausalLM.from_pretrained(*args, **kwargs)
+        cls.text_class.register_for_auto_class(cls.auto_class)
+        if isinstance(kwargs.get("config"), Step3VLConfig):
+            text = cls.text_class.own_config(kwargs["config"])
+            fields = text.to_dict()
+            # What the Auto class left, since the whole configuration has no such key.
+            given = {name: kwargs.pop(name) for name in fields.keys() & kwargs.keys() - {"dtype"}}
+            kwargs["config"] = type(text).from_dict(fields, **given) if given else text
+        return cls.text_class.from_pretrained(*args, **kwargs)
 
     @classmethod
-    def _from_config(cls, config, **kwargs) -> Step3TextForCausalLM:
-        return Step3TextForCausalLM._from_config(Step3TextForCausalLM.own_config(config), **kwargs)
+    def _from_config(cls, config, **kwargs):
+        return cls.text_class._from_config(cls.text_class.own_config(config), **kwargs)
+
+
+class Step3VLForCausalLM(_TextAlone, Step3TextForCausalLM, GenerationMixin):
+    """`AutoModelForCausalLM` of a vision checkpoint gives a `Step3TextForCausalLM`."""
+
+    text_class, auto_class = Step3TextForCausalLM, "AutoModelForCausalLM"
+
+
+class Step3VLForSequenceClassification(_TextAlone, Step3TextForSequenceClassification):
+    """`AutoModelForSequenceClassification` of a vision checkpoint gives a `Step3TextForSequenceClassification`."""
+
+    text_class, auto_class = Step3TextForSequenceClassification, "AutoModelForSequenceClassification"
+
+
+class Step3VLForTokenClassification(_TextAlone, Step3TextForTokenClassification):
+    """`AutoModelForTokenClassification` of a vision checkpoint gives a `Step3TextForTokenClassification`."""
+
+    text_class, auto_class = Step3TextForTokenClassification, "AutoModelForTokenClassification"
 
 
 __all__ = [
     "Step3VLForCausalLM",
     "Step3VLForConditionalGeneration",
+    "Step3VLForSequenceClassification",
+    "Step3VLForTokenClassification",
     "Step3VLModel",
     "Step3VLPreTrainedModel",
     "Step3VisionModel",

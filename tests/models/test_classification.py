@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from checkpoints import assert_same_tensors, golden, read_config, read_tensors
 from testing import assert_close
 from tiny import left_padded, random_ids, tiny_model
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-FAMILIES = ["deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "kimi_k2"]
+from hf_moe.models.modeling_step3_text import Step3TextForSequenceClassification, Step3TextForTokenClassification
+
+FAMILIES = ["deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "kimi_k2", "longcat_flash", "longcat_flash_ngram"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,3 +93,43 @@ def test_a_causal_checkpoint_becomes_any_class(family, auto_class, tmp_path):
     with torch.no_grad():
         expected = source.model(ids).last_hidden_state
         assert torch.equal(base.eval()(ids).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("case", ["longcat_flash", "longcat_fp8", "longcat_lite_ngram", "step3_text", "step3_fp8"])
+@pytest.mark.parametrize("auto_class", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_upstream_files_become_classifiers(case, auto_class, tmp_path):
+    """The states are those of the base model, and what is saved comes back, the decoder under its upstream names."""
+    model = auto_class.from_pretrained(golden(case), num_labels=3, pad_token_id=0, dtype=torch.float32).eval()
+    base = AutoModel.from_pretrained(golden(case), dtype=torch.float32).eval()
+    ids = random_ids(2, 8, low=3, high=60)
+    with torch.no_grad():
+        states, logits = base(ids).last_hidden_state, model(ids).logits
+        expected = model.score(states)
+    last = auto_class is AutoModelForSequenceClassification
+    assert torch.equal(logits, expected[:, -1] if last else expected)
+    model.save_pretrained(tmp_path)
+    saved = read_tensors(tmp_path)
+    assert {name for name in saved if name.startswith("score.")} == (
+        {"score.weight"} if last else {"score.weight", "score.bias"}
+    )
+    stored = read_tensors(golden(case))
+    kept = {name: tensor for name, tensor in saved.items() if not name.startswith("score.")}
+    assert kept.keys() <= stored.keys()
+    assert {name for name in stored.keys() - kept.keys() if not name.endswith("lm_head.weight")} == set()
+    again = auto_class.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, logits)
+
+
+def test_the_text_of_a_vision_checkpoint_becomes_a_classifier(tmp_path):
+    for auto_class, text_class in (
+        (AutoModelForSequenceClassification, Step3TextForSequenceClassification),
+        (AutoModelForTokenClassification, Step3TextForTokenClassification),
+    ):
+        model = auto_class.from_pretrained(golden("step3_vl"), num_labels=3, pad_token_id=0)
+        assert model.score.out_features == 3
+        assert type(model) is text_class and type(auto_class.from_config(model.config)) is text_class
+        model.save_pretrained(tmp_path)
+        assert read_config(tmp_path)["auto_map"][auto_class.__name__] == f"modeling_step3_text.{text_class.__name__}"
+        again = auto_class.from_pretrained(tmp_path)
+        assert_same_tensors(again.state_dict(), model.state_dict())

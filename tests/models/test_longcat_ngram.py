@@ -7,12 +7,20 @@ import torch
 from checkpoints import assert_same_tensors, read_config, read_tensors, write_checkpoint
 from testing import GOLDENS, assert_close, assert_golden, load_golden
 from tiny import left_padded, random_ids, tiny_model
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+)
 
 from hf_moe.models.configuration_longcat import LongcatConfig
 from hf_moe.models.configuration_longcat_next import LongcatNextConfig
 from hf_moe.models.layer_ngram import HostTable
-from hf_moe.models.modeling_longcat import LongcatCausalLM
+from hf_moe.models.modeling_longcat import LongcatCausalLM, LongcatForSequenceClassification, LongcatModel
+from hf_moe.models.modeling_longcat_next import LongcatNextModel
 from hf_moe.models.weights_safetensors import CheckpointError, ShapeError
 
 CASE = "longcat_lite_ngram"
@@ -321,6 +329,9 @@ def test_sparse_release_runs_where_dense_is_exact(spelled_oe, tmp_path):
     stored, saved = read_config(folder), read_config(tmp_path / "saved")
     assert {key: saved.get(key) for key in stored} == stored and saved["model_type"] == "longcat"
     assert ("emb_neighbor_num" in saved) != spelled_oe and "num_nextn_predict_layers" not in saved
+    scored = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, dtype=torch.bfloat16)
+    assert type(scored) is LongcatForSequenceClassification and type(scored.model) is LongcatModel
+    assert_same_tensors(scored.model.state_dict(), model.model.state_dict())
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
@@ -370,6 +381,10 @@ def test_next_text_trunk(tmp_path):
     for place in ("model", "disk"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, ngram_tables=place).eval()
         assert type(model.config) is LongcatNextConfig
+        scored = AutoModelForTokenClassification.from_pretrained(folder, num_labels=3, ngram_tables=place)
+        assert type(scored.model) is LongcatNextModel
+        assert_same_tensors(scored.model.state_dict(), model.to(scored.dtype).model.state_dict())
+        model = model.float()
         golden = load()
         ids = random_ids(1, 12, low=3, high=300)
         same = golden.model.ngram_ids(ids)

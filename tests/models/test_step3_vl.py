@@ -569,3 +569,11 @@ def test_example_from_a_picture_file_to_text(tmp_path):
     code = f"import sys\n__file__ = 'step3_image.py'\n{example}"
     first, *text = run_python(code, *arguments).strip().splitlines()
     assert "photo.jpg: " in first and "crops" in first and text
+
+
+def test_options_of_the_text_reach_it_from_a_vision_checkpoint():
+    model = AutoModelForCausalLM.from_pretrained(golden("step3_vl"), num_hidden_layers=2, rms_norm_eps=1e-3)
+    assert len(model.model.layers) == model.config.num_hidden_layers == 2
+    assert model.model.norm.variance_epsilon == 1e-3
+    with pytest.raises(ValueError, match="num_attention_groups"):
+        AutoModelForCausalLM.from_pretrained(golden("step3_vl"), num_attention_groups=2)
