@@ -14,6 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 # RoPE types whose frequencies we can compute, by the name that `config.json` uses.
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 _ROPE_ALIASES = {"deepseek_yarn": "yarn"}  # other names in `config.json` for what Transformers computes
+_ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
 MLA_MODES = ("auto", "expanded", "absorbed")
 # Not part of the file: the spelling that was read, and notes from `from_pretrained` to the loader.
 _PRIVATE = ("_upstream_keys", "_upstream_num_layers", "_upstream_rope_scaling", "load_options")
@@ -84,13 +85,22 @@ class UpstreamConfig(PreTrainedConfig):
         # A repository on the Hub stands before its class: "owner/name--module.Class".
         return str((auto_map or {}).get("AutoConfig")).rpartition("--")[2] == self.remote_code_map.get("AutoConfig")
 
+    def check_fields(self) -> None:
+        """Raises `ValueError` for values that the models do not have; families extend it."""
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As in Transformers, and remembers which keys the file had, so that they are written back."""
+        """As in Transformers, and remembers which keys the file had, so that they are written back.
+
+        What the caller gives beside the file is checked as the file is, and may spell RoPE in any way.
+        """
         keys, num_layers = sorted(config_dict), config_dict.get("num_hidden_layers")
+        if "rope_parameters" in cls.__dataclass_fields__:
+            config_dict = _replace_rope(config_dict, kwargs)
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         config._upstream_keys, config._upstream_num_layers = keys, num_layers
+        config.check_fields()
         return result
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,6 +148,27 @@ class UpstreamConfig(PreTrainedConfig):
             return None
         scaling = {key: value for key, value in rope.items() if key not in ("rope_type", "rope_theta")}
         return {**scaling, "type": rope["rope_type"]}
+
+
+def _replace_rope(fields: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a file with the RoPE keys among `given` in place of theirs; takes these out of `given`.
+
+    Transformers would set each as an attribute beside the others, and lose the base frequency.
+    """
+    given = {key: given.pop(key) for key in _ROPE_KEYS if key in given}
+    if not given:
+        return fields
+    scaling = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    theta = fields.get("rope_theta", scaling.get("rope_theta"))
+    if "rope_scaling" in given or "rope_parameters" in given:
+        scaling = given.get("rope_scaling") or given.get("rope_parameters") or {}
+        theta = scaling.get("rope_theta", theta)
+    theta = given.get("rope_theta", theta)
+    output = {key: value for key, value in fields.items() if key not in _ROPE_KEYS}
+    scaling = {key: value for key, value in scaling.items() if key != "rope_theta"}
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        output["rope_scaling"] = scaling
+    return output if theta is None else {**output, "rope_theta": theta}
 
 
 def _common_names(rope: dict[str, Any]) -> dict[str, Any]:

@@ -117,10 +117,13 @@ class DeepseekV3Config(UpstreamConfig):
         if self.num_nextn_predict_layers is None:
             self.num_nextn_predict_layers = 0
         self._reject_other_architectures(kwargs)
+        self.check_fields()
+        super().__post_init__(**kwargs)
+
+    def check_fields(self) -> None:
         self._check_routing()
         choose("mla_mode", self.mla_mode, MLA_MODES)
         check_loss_weight(self.mtp_loss_weight)
-        super().__post_init__(**kwargs)
 
     @property
     def qk_head_dim(self) -> int:

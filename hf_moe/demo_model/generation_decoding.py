@@ -75,18 +75,28 @@ class MTPDecoding:
         self.generated = GeneratedRows(self.rows, stopping_criteria, generation_config, settings.streamer)
 
     def _schedule(self, batch: int) -> DraftSchedule:
-        """A new schedule; or, where it learns from times, the one that earlier calls with such a batch have taught."""
+        """A new schedule; or, where it learns from times, the one that earlier calls with such a batch have taught.
+
+        That one belongs to this call until it ends: calls of other threads meanwhile begin anew.
+        """
         count, kind = self.settings.num_assistant_tokens, self.settings.schedule
+        self.size, self.taught = batch, {}
         if kind != "adaptive":
             return DraftSchedule(count, kind)
-        taught = {} if self.do_sample else self.model.__dict__.setdefault("_draft_schedules", {})
-        if (batch, count) not in taught:
-            # The estimate walks over all layers.
-            taught[batch, count] = DraftSchedule(count, kind, draft_cost_ratio(self.model), timed=not self.do_sample)
-        return taught[batch, count]
+        if not self.do_sample:
+            self.taught = self.model.__dict__.setdefault("_draft_schedules", {})
+        schedule = self.taught.pop((batch, count), None)
+        # The estimate walks over all layers.
+        return schedule or DraftSchedule(count, kind, draft_cost_ratio(self.model), timed=not self.do_sample)
 
     def run(self) -> torch.LongTensor | MTPGenerateOutput:
         """Generates, and returns what plain generation would."""
+        try:
+            return self._run()
+        finally:
+            self.taught[self.size, self.settings.num_assistant_tokens] = self.schedule
+
+    def _run(self) -> torch.LongTensor | MTPGenerateOutput:
         self._take(self._logits(self._prefill()), drafted=0)
         while len(self.rows):
             started = self.clock()

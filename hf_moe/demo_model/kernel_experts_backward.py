@@ -255,6 +255,8 @@ def inner_grad(
     generation = compute_capability(device)[0]
     if tile.block_m == 64 and (generation >= 10 or (generation == 8 and low is not None)):
         tile = tile._replace(block_n=64)
+    if generation == 10 and low is not None and (activation != "silu" or limit):  # Triton 3.6 spills otherwise
+        tile = tile._replace(block_n=64)
     tile = chosen("inner_grad", tile)
     grad_pre = torch.empty_like(pre)
     inner = pre.new_empty(slots, inter) if save_inner else None

@@ -57,7 +57,7 @@ def mla_tile(num_rows: int, capability: tuple[int, int], per_query: bool = False
     """
     block_m = max(16, min(64, next_power_of_2(num_rows)))
     if capability in ((8, 6), (8, 9)) or capability[0] == 12:  # 99 KiB of shared memory
-        return MlaTile(min(block_m, 32), 16, 8 if block_m >= 32 else 4, 3, None)
+        return MlaTile(min(block_m, 32), 16, 8 if block_m >= 32 else 4, 3, 255)
     if per_query and capability[0] >= 9:
         block_m = min(block_m, 32)
     if block_m == 16:
@@ -175,9 +175,15 @@ def mla_decode_kernel(
 
     begin = split * split_length
     end = tl.minimum(begin + split_length, context)
-    mask_rows = (first_row + rows) // heads * mask_query if PER_QUERY else None
+    mask_rows = None
     if HAS_MASK:
         mask_ptr += batch * mask_batch
+    if PER_QUERY:  # from here on, only the queries that the rows belong to
+        first_query = first_row // heads
+        mask_ptr += first_query.to(tl.int64) * mask_query
+        mask_rows = ((first_row + rows) // heads - first_query) * mask_query
+        queries = tl.minimum((first_row + BLOCK_M - 1) // heads + 1, queries) - first_query
+    if HAS_MASK:
         begin, end, count = masked_range(mask_ptr, queries, mask_query, begin, end, PER_QUERY, SCAN)
 
     if begin >= end:  # nothing to attend to; and with this case apart, the sums are those of products alone

@@ -29,12 +29,11 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past, new = self.get_seq_length(), key_states.shape[-2]
-        needs_grad = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-        if needs_grad or torch.compiler.is_compiling():
-            # Writing in place would break autograd's saved tensors.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            # Writing in place would break what autograd saved: the context itself, even where only queries are trained.
             self._buffers = None
             return super().update(key_states, value_states, *args, **kwargs)
-        if not self._has_room(past + new, key_states.shape[0]):
+        if not self._has_room(past + new, key_states, value_states):
             self._make_room(past, past + new, key_states, value_states)
         views = []
         for buffer, states in zip(self._buffers, (key_states, value_states)):
@@ -43,9 +42,11 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = views
         return self.keys, self.values
 
-    def _has_room(self, length: int, batch_size: int) -> bool:
-        if self._buffers is None or self._buffers[0].shape[-2] < length or self._buffers[0].shape[0] != batch_size:
+    def _has_room(self, length: int, *new: torch.Tensor) -> bool:
+        if self._buffers is None or self._buffers[0].shape[-2] < length or self._buffers[0].shape[0] != new[0].shape[0]:
             return False
+        if any(torch.promote_types(old.dtype, states.dtype) != old.dtype for old, states in zip(self._buffers, new)):
+            return False  # the first ones came from under autocast, these do not
         if self._buffers[0].is_inference() and not torch.is_inference_mode_enabled():
             return False  # made under inference_mode, not writable outside
         # The base class may have replaced the tensors (beam reordering, batch selection): then the views are not ours.
@@ -59,7 +60,8 @@ class GrowingLayer(DynamicLayer):
         capacity = length + max(length // 8, _MIN_SPARE_TOKENS)
         buffers = []
         for tensor, states in ((self.keys, key_states), (self.values, value_states)):
-            buffer = states.new_empty((*states.shape[:-2], capacity, states.shape[-1]))
+            dtype = torch.promote_types(tensor.dtype, states.dtype) if past else states.dtype
+            buffer = states.new_empty((*states.shape[:-2], capacity, states.shape[-1]), dtype=dtype)
             if past:
                 buffer.narrow(-2, 0, past).copy_(tensor)
             buffers.append(buffer)

@@ -7,6 +7,16 @@ from transformers.configuration_utils import PreTrainedConfig
 from .op_prefill import LONG_CONTEXT, CausalMask, causal_mask
 
 
+def check_mask(attention_mask) -> None:
+    """Raises `ValueError` for a 4D mask of integers, which attention would add to its scores."""
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4:
+        if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+            raise ValueError(
+                f"`attention_mask` of shape {tuple(attention_mask.shape)} is {attention_mask.dtype}: a 4D mask is "
+                "boolean, True where a query attends, or floating point and added to the scores."
+            )
+
+
 def long_mask(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,

@@ -68,10 +68,13 @@ def eager_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition of attention: (B, h, S, d) queries against (B, h, T, d) keys; softmax in float32.
 
-    `attention_mask` is additive and broadcasts to (B, h, S, T). Returns (B, S, h, v) and the weights (B, h, S, T).
+    `attention_mask` is boolean (True attends) or additive, and broadcasts to (B, h, S, T). Returns (B, S, h, v) and the
+    weights (B, h, S, T).
     """
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1, dtype=_wide(query.dtype)).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)

@@ -39,7 +39,8 @@ class TopkRouter(nn.Module):
         self.routed_scaling_factor = config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
         if self.topk_method == "noaux_tc":
-            # A buffer: moved by the balance rule, never by a gradient. Kept in float32, since rounding reorders routes.
+            # A buffer: moved by the balance rule, never by a gradient. Float32 through casts,
+            # too, since rounding reorders routes.
             self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts))
         else:
             self.e_score_correction_bias = None
@@ -88,6 +89,13 @@ class TopkRouter(nn.Module):
     def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(T, hidden) to router logits (T, E) in float32."""
         return linear(hidden_states.float(), self.weight.float())
+
+    def _apply(self, fn, recurse=True):
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if bias is not None:
+            self.e_score_correction_bias = _unless_narrowed(bias, self.e_score_correction_bias)
+        return self
 
     def _weighing(self) -> dict[str, Any]:
         """How scores become weights, in the terms of `op_routing`."""
@@ -175,12 +183,13 @@ class ZeroExpertRouter(TopkRouter):
         return {"sigmoid": False, "normalise": self.norm_topk_prob, "factor": self.routed_scaling_factor}
 
     def _apply(self, fn, recurse=True):
-        def keep_wide(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4 and tensor.dtype.itemsize >= 4
-            return tensor.to(moved.device) if narrowed else moved
+        return super()._apply(lambda tensor: _unless_narrowed(tensor, fn(tensor)), recurse)
 
-        return super()._apply(keep_wide, recurse)
+
+def _unless_narrowed(tensor: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+    """A tensor as it was `moved`, but with its own dtype where that was float32 and a cast would round it."""
+    narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4 and tensor.dtype.itemsize >= 4
+    return tensor.to(moved.device) if narrowed else moved
 
 
 def _no_autocast(device_type: str):

@@ -20,7 +20,7 @@ from .modeling_shards import pad_to_ranks, take_experts_from_plans, unpadded_sha
 from .op_experts import TRITON_BACKEND_NAME
 from .op_moe import BACKEND_NAME
 from .weights_checkpoint import extend_device_map, name_stem, read_checkpoint
-from .weights_experts import defer_experts, upstream_parts
+from .weights_experts import defer_experts, inherit_converters, upstream_parts
 from .weights_fp8 import BlockFp8Config, BlockFp8Quantizer
 from .weights_lazy import LazyTensor
 from .weights_request import LOAD_OPTIONS, read_config, refuse_for_fp8, split_quantization
@@ -55,6 +55,7 @@ class MoePreTrainedModel(Fp8ModelMixin, PreTrainedModel):
     def post_init(self):
         """As in Transformers; see `name_present_layers`, and `use_plain_linears` for other libraries' quantisation."""
         super().post_init()
+        inherit_converters(type(self))
         if (getattr(self.config, "load_options", None) or LOAD_OPTIONS)["foreign_quantization"]:
             use_plain_linears(self)
         self.name_present_layers()
@@ -120,7 +121,9 @@ class MoePreTrainedModel(Fp8ModelMixin, PreTrainedModel):
         capturing = input_ids.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if on_cpu or (is_prompt and not capturing):
             low, high = (bound.item() for bound in input_ids.aminmax())
-            entries = self.get_input_embeddings().num_embeddings
+            # A table under an adapter does not say.
+            vocab_size = self.config.get_text_config().vocab_size
+            entries = getattr(self.get_input_embeddings(), "num_embeddings", vocab_size)
             if low < 0 or high >= entries:
                 raise IndexError(
                     f"`input_ids` holds token ids from {low} to {high}, but the vocabulary has {entries} entries. "

@@ -73,6 +73,9 @@ class DeferredCausalLMOutput(MTPCausalLMOutputWithPast):
         value = super().__getitem__(key)
         return getattr(self, key) if type(value) is DeferredLogits else value
 
+    def get(self, key, default=None):
+        return self[key] if key in self else default
+
 
 class CausalLMMixin:
     """`run_with_head` for a model with `self.model` and `self.lm_head`.

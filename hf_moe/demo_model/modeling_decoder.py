@@ -6,7 +6,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from .layer_cache import GrowingLayer
-from .layer_mask import long_mask
+from .layer_mask import check_mask, long_mask
 from .layer_mla import absorbed_is_cheaper
 
 
@@ -39,6 +39,7 @@ class LatentDecoderMixin:
 
     def _make_mask(self, inputs_embeds, attention_mask, past_key_values, position_ids, absorbed: bool):
         """The mask in the form that the evaluation order reads."""
+        check_mask(attention_mask)
         config, seq = self.config, inputs_embeds.shape[1]
         past = _grown(past_key_values) if attention_mask is None else 0
         if past and seq == 1:

@@ -7,11 +7,7 @@ the indices that upstream gives them, and take no part in the main forward pass.
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import (
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
-)
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -29,6 +25,7 @@ from .layer_rope import RotaryEmbedding
 from .layer_router import TopkRouter
 from .modeling_base import MoePreTrainedModel
 from .modeling_causal_lm import MTPCausalLMMixin, MTPCausalLMOutputWithPast
+from .modeling_classification import SequenceClassificationMixin, TokenClassificationMixin
 from .modeling_decoder import LatentDecoderMixin
 from .weights_experts import register_expert_converters
 
@@ -283,34 +280,16 @@ class DeepseekV3ForCausalLM(MTPCausalLMMixin, DeepseekV3PreTrainedModel, MTPGene
         )
 
 
-class DeepseekV3ForSequenceClassification(GenericForSequenceClassification, DeepseekV3PreTrainedModel):
+class DeepseekV3ForSequenceClassification(SequenceClassificationMixin, DeepseekV3PreTrainedModel):
     """The decoder with a linear score on each sequence's last token."""
 
     model_class = DeepseekV3Model
 
-    def __init__(self, config: DeepseekV3Config):
-        # Not the generic constructor: it asks the Auto classes for the model, which remote code may not be part of.
-        DeepseekV3PreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.model = self.model_class(config)
-        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
-        self.post_init()
 
-
-class DeepseekV3ForTokenClassification(GenericForTokenClassification, DeepseekV3PreTrainedModel):
+class DeepseekV3ForTokenClassification(TokenClassificationMixin, DeepseekV3PreTrainedModel):
     """The decoder with a linear score on every token."""
 
     model_class = DeepseekV3Model
-
-    def __init__(self, config: DeepseekV3Config):
-        DeepseekV3PreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.model = self.model_class(config)
-        dropout = getattr(config, "classifier_dropout", None)
-        dropout = getattr(config, "hidden_dropout", 0.1) if dropout is None else dropout
-        self.dropout = nn.Dropout(dropout or 0.0)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
 
 
 register_expert_converters(

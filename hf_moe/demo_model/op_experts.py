@@ -268,7 +268,8 @@ def why_not_ours(module: torch.nn.Module, gate: tuple[str | None, float] | None)
 def why_not_kernels(module: torch.nn.Module, device: torch.device) -> str | None:
     """What keeps the kernels from computing an experts module on `device`; `None` if nothing does."""
     if not runs_kernels(device):
-        return f"kernels need Triton and a CUDA device of compute capability 8.0 or more; the tokens are on {device}"
+        needed = "Triton, a C compiler and a CUDA device of compute capability 8.0 or more"
+        return f"kernels need {needed}; the tokens are on {device}"
     gate = gate_of(module)
     reason = why_not_ours(module, gate)
     if reason is not None:

@@ -151,7 +151,7 @@ def _experts_one_token(
     gate, up = gate_up.chunk(2, dim=-1)  # (n, I) each
     rows = _products(act_fn(gate) * up, sizes, down_proj, experts, fp8, 1)
     if len(places) < len(ids):
-        topk_weights = topk_weights.index_select(1, torch.tensor(places))
+        topk_weights = topk_weights.index_select(1, torch.tensor(places, device=topk_weights.device))
     wide = torch.promote_types(hidden_states.dtype, torch.float32)
     return (topk_weights.to(wide) @ rows.to(wide)).to(hidden_states.dtype)
 
@@ -204,7 +204,7 @@ def _sum_rows(rows: torch.Tensor, order: torch.Tensor, topk_weights: torch.Tenso
     (num_tokens, top_k), width = topk_weights.shape, rows.shape[1]
     wide = torch.promote_types(rows.dtype, torch.float32)
     places = order.new_full((num_tokens * top_k,), len(order))
-    places[order] = torch.arange(len(order))
+    places[order] = torch.arange(len(order), device=order.device)
     output, weights = rows.new_empty(num_tokens, width), topk_weights.to(wide).unsqueeze(1)
     step = max(1, _SUMMED // (top_k * width))
     for start in range(0, num_tokens, step):

@@ -135,8 +135,13 @@ def quantize_block_fp8(
 def fp8_scales(magnitudes: torch.Tensor, ue8m0: bool) -> torch.Tensor:
     """Scales that bring values of these magnitudes into the range of e4m3; 1 for zero."""
     smallest = torch.finfo(torch.float32).tiny
-    scales = torch.where(magnitudes == 0, 1.0, (magnitudes / FP8_MAX).clamp_min(smallest))
+    scales = torch.where(magnitudes == 0, 1.0, _over_fp8_max(magnitudes).clamp_min(smallest))
     return round_up_to_power_of_two(scales) if ue8m0 else scales
+
+
+def _over_fp8_max(magnitudes: torch.Tensor) -> torch.Tensor:
+    # By a tensor: for a number, PyTorch multiplies with its reciprocal on a GPU, which can be one bit off.
+    return magnitudes / magnitudes.new_full((), FP8_MAX)
 
 
 def round_up_to_power_of_two(values: torch.Tensor) -> torch.Tensor:
@@ -156,7 +161,7 @@ def quantize_rows(
     width = rows.shape[-1]
     count = -(-width // group)
     groups = F.pad(rows.float(), (0, count * group - width)).unflatten(-1, (count, group))
-    scales = groups.abs().amax(-1).clamp_min(_ACTIVATION_FLOOR) / FP8_MAX
+    scales = _over_fp8_max(groups.abs().amax(-1).clamp_min(_ACTIVATION_FLOOR))
     if ue8m0:
         scales = round_up_to_power_of_two(scales)
     values = (groups / scales.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).flatten(-2)

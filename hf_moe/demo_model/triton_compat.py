@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import shutil
+import warnings
 
 import torch
 
@@ -115,17 +117,31 @@ def converts_fp8(device: torch.device) -> bool:
     return compute_capability(device) >= (8, 9)
 
 
+@functools.cache
+def _has_compiler() -> bool:
+    """Whether Triton finds the C compiler that it builds the host's side of a launch with; warns if not."""
+    build = triton.knobs.build
+    if build.cc or build.impl or shutil.which("gcc") or shutil.which("clang"):
+        return True
+    warnings.warn(
+        "hf_moe does without its GPU kernels, which is slower: Triton finds no C compiler to launch them with. Install "
+        "gcc, or name a compiler in the variable CC.",
+        stacklevel=2,
+    )
+    return False
+
+
 @torch.compiler.assume_constant_result
 def runs_kernels(device: torch.device) -> bool:
-    """Whether kernels can be launched on tensors of `device`: a CUDA device of compute capability 8.0 and up, or any
-    CPU tensor under the interpreter."""
+    """Whether kernels can be launched on tensors of `device`: a CUDA device of compute capability 8.0 and up, where
+    there is a C compiler, or any CPU tensor under the interpreter."""
     if not HAS_TRITON:
         return False
     if INTERPRETING:
         return device.type == "cpu"
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
         return False
-    return compute_capability(device) >= (8, 0)
+    return compute_capability(device) >= (8, 0) and _has_compiler()
 
 
 def on_device(tensor: torch.Tensor):

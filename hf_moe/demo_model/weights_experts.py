@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter, WeightTransform
 
 from .weights_lazy import DeferredTensor
@@ -29,6 +29,7 @@ SCALE_SUFFIX = "_scale_inv"
 _EXPERT_PART = re.compile(r"mlp\.experts\.(\d+)\.(?:gate|up|down)_proj\.weight(?:_scale_inv)?$")
 # All experts of a layer in one tensor, as in Step3.
 _EXPERT_STACK = re.compile(r"\.moe\.(?:gate|up|down)_proj\.weight(?:_scale_inv)?$")
+_inherited: set[str] = set()  # names of classes whose converters are those of a base class
 _READERS = min(4, os.cpu_count() or 1)
 # By its class, releases without a dispatch of tokens know that a tensor is that of one expert, to be sharded as such.
 _DISPATCHES = importlib.util.find_spec("transformers.distributed.expert_parallel") is not None
@@ -124,6 +125,22 @@ def register_expert_converters(*class_names: str) -> None:
     """
     for class_name in class_names:
         register_checkpoint_conversion_mapping(class_name, expert_converters(), overwrite=True)
+
+
+def inherit_converters(model_class: type) -> None:
+    """Registers for a class, such as a user's own, the converters of the one that it derives from.
+
+    Transformers looks them up by the name of the class, and would leave new experts in place of those of a checkpoint.
+    """
+    name, *bases = (base.__name__ for base in model_class.__mro__)
+    if name not in _inherited and get_checkpoint_conversion_mapping(name) is not None:
+        return
+    found = next(filter(None, map(get_checkpoint_conversion_mapping, bases)), None)
+    if found is None and name in _inherited:  # from another class of this name
+        found = get_checkpoint_conversion_mapping(model_class.config_class.model_type)
+    if found is not None:
+        _inherited.add(name)
+        register_checkpoint_conversion_mapping(name, found, overwrite=True)
 
 
 def upstream_parts(parameter: str, num_experts: int) -> Iterator[tuple[str, int]]:
