@@ -160,13 +160,14 @@ def deal_out(model: nn.Module, whole: dict[str, torch.Tensor], accelerator: Acce
     """Gives every process its share of the parameters `whole`, by name, that the main one has; and its buffers.
 
     One parameter at a time is whole on the device, as bytes: gloo does not move FP8, and not every dtype is NCCL's.
+    Before that it is cast as Accelerate cast what is trained: to float32 in mixed precision.
     """
     from accelerate.utils import fsdp2_canonicalize_names  # as old as FSDP2 in Accelerate
 
     device, main = accelerator.device, accelerator.is_main_process
     for name, parameter in fsdp2_canonicalize_names(dict(model.named_parameters())).items():
         if main:
-            whole_bytes = _as_bytes(whole.pop(name).to(device))
+            whole_bytes = _as_bytes(whole.pop(name).to(device, parameter.dtype))
         else:
             size = (*parameter.shape, parameter.element_size())
             whole_bytes = torch.empty(size, dtype=torch.uint8, device=device)

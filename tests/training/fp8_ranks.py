@@ -16,7 +16,7 @@ import torch.distributed as dist  # noqa: E402
 from accelerate import Accelerator, FullyShardedDataParallelPlugin  # noqa: E402
 from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
-from tiny import random_ids  # noqa: E402
+from tiny import random_ids, tiny_model  # noqa: E402
 from trainer_ranks import rows  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
@@ -145,6 +145,17 @@ def dealt_out(folder: Path, rank: int) -> dict:
         return train(model, accelerator, rank, 2)
 
 
+def dealt_out_widened() -> dict[str, torch.Tensor]:
+    """Parameters of a bfloat16 model in mixed precision, of which the main process alone has the weights."""
+    model = tiny_model().to(torch.bfloat16)
+    if dist.get_rank():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data.zero_()
+    with fsdp2("bf16", once=True) as accelerator:
+        model, _ = prepare(accelerator, model, torch.optim.SGD(model.parameters()))
+        return {name: parameter.detach().full_tensor() for name, parameter in model.named_parameters()}
+
+
 def mixed(folder: Path, rank: int) -> dict:
     """Mixed precision, of FSDP2 and of DDP; and what a model says that was prepared without `keep_fp8`."""
     results = {}
@@ -189,6 +200,7 @@ def main(folder: Path) -> None:
     results["ddp"] = train(load(folder, "v3_fp8"), Accelerator(cpu=True), rank, 2)
     AcceleratorState._reset_state()
     results["once"] = dealt_out(folder, rank)
+    results["once widened"] = dealt_out_widened()
     results["mixed"] = mixed(folder, rank)
     results["checkpoints"] = checkpoints(folder, rank)
     torch.save(results, folder / f"rank{rank}.pt")

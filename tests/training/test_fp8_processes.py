@@ -110,6 +110,14 @@ def test_weights_of_one_process_are_dealt_out(ranks):
                 assert torch.equal(rank["once"][kind][name], tensor), name
 
 
+def test_weights_of_one_process_are_dealt_out_as_accelerate_widens_them(ranks):
+    model = tiny_model().to(torch.bfloat16)
+    for rank in ranks:
+        for name, parameter in model.named_parameters():
+            assert rank["once widened"][name].dtype == torch.float32
+            assert torch.equal(rank["once widened"][name], parameter.float()), name
+
+
 def test_mixed_precision_of_fsdp2_is_that_of_ddp(ranks, checkpoints):
     wanted = fp8_ranks.fp8_parameters(fp8_ranks.load(checkpoints, "v3_fp8"))
     for rank in ranks:
