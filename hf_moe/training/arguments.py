@@ -125,6 +125,7 @@ class FinetuneArguments:
     save_total_limit: int | None = option(None, "Keep the newest so many checkpoints (and the best).")
     resume_from_checkpoint: str | None = option(None, "A checkpoint's folder, or `latest`.")
     ddp_find_unused_parameters: bool | None = option(None, "Passed to DistributedDataParallel.")
+    ddp_timeout: int = option(7200, "Seconds that processes wait for one that reads or writes weights.")
 
     # --- LoRA ---
     use_peft: bool = option(False, "Train LoRA factors; left out: all parameters.")

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
@@ -397,7 +398,8 @@ def make_accelerator(args: FinetuneArguments) -> Accelerator:
     # Accelerate keeps the precision of a process's first accelerator; a second run in it may have another.
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != (precision or "no"):
         AcceleratorState._reset_state()
-    handlers = []
+    # NCCL gives up after ten minutes, and the weights of a large model take longer.
+    handlers = [InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))]
     if args.ddp_find_unused_parameters is not None:
         handlers.append(DistributedDataParallelKwargs(find_unused_parameters=args.ddp_find_unused_parameters))
     accelerator = Accelerator(

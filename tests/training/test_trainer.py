@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import CheckpointError as RecomputationError
 
 from hf_moe.demo import DEMO_MODEL
 from hf_moe.training import FinetuneArguments, FinetuneTrainer, finetune
+from hf_moe.training import trainer as trainer_module
 from hf_moe.training.callbacks import Callback
 from hf_moe.training.checkpoints import CheckpointError, check_checkpoint, find_checkpoint, list_checkpoints
 from hf_moe.training.data import IGNORE_INDEX, Collator, TokenRows
@@ -66,6 +68,16 @@ def losses(trainer: FinetuneTrainer) -> list[tuple]:
 
 
 # --- what a step optimises --------------------------------------------------------------------------------------------
+
+
+def test_processes_wait_for_one_that_reads_a_large_model(tmp_path, monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(trainer_module, "check_launch", lambda accelerator: None)
+    monkeypatch.setattr(trainer_module, "Accelerator", lambda **given: handlers.update(given))
+    for given, seconds in (({}, 7200), ({"ddp_timeout": 60}, 60)):
+        trainer_module.make_accelerator(options(tmp_path, **given))
+        (handler,) = handlers["kwargs_handlers"]
+        assert handler.to_kwargs() == {"timeout": timedelta(seconds=seconds)}
 
 
 def test_a_step_descends_the_mean_over_all_targets_of_all_micro_batches(tmp_path):
