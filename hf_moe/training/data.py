@@ -96,17 +96,19 @@ def pack(lengths: list[int], size: int) -> list[list[int]]:
 class Collator:
     """Rows to a batch: `input_ids`, `labels`, and `attention_mask`, or `position_ids` where samples are packed.
 
-    `flatten` puts all rows into one, (1, tokens): flash attention reads packed positions of a single row alone.
+    `flatten` puts all rows into one, (1, tokens): flash attention reads packed positions of a single row alone. Batches
+    are at least `shortest` tokens long: an MTP layer that is left out on one process would be waited for by the others.
     """
 
     pad_id: int
     packed: bool = False
     flatten: bool = False
+    shortest: int = 1
 
     def __call__(self, rows: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> dict[str, torch.Tensor]:
         if self.flatten:
             rows = [[sample for row in rows for sample in row]]
-        longest = max(sum(len(ids) for ids, _ in row) for row in rows)
+        longest = max(self.shortest, *(sum(len(ids) for ids, _ in row) for row in rows))
         shape = (len(rows), longest)
         input_ids, labels = torch.full(shape, self.pad_id), torch.full(shape, IGNORE_INDEX)
         positions, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)

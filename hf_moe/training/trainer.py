@@ -117,7 +117,8 @@ class FinetuneTrainer:
         if "skip_logits" in parameters:
             self.loss_arguments["skip_logits"] = True
         flat = train_dataset.packed and "flash" in str(getattr(model.config, "_attn_implementation", ""))
-        self.collate = Collator(self._pad_id(), packed=train_dataset.packed, flatten=flat)
+        depths = base_model(model).num_mtp_depths() if hasattr(base_model(model), "num_mtp_depths") else 0
+        self.collate = Collator(self._pad_id(), packed=train_dataset.packed, flatten=flat, shortest=depths + 1)
 
     @property
     def step(self) -> int:

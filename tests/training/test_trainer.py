@@ -70,6 +70,15 @@ def losses(trainer: FinetuneTrainer) -> list[tuple]:
 # --- what a step optimises --------------------------------------------------------------------------------------------
 
 
+def test_every_mtp_layer_runs_on_the_shortest_rows(tmp_path):
+    """Processes whose rows are longer would wait for those that left one out."""
+    model, ran = tiny_model(num_nextn_predict_layers=2), []
+    for index, layer in model.model.mtp_layers():
+        layer.register_forward_hook(lambda *_, index=index: ran.append(index))
+    trainer = trained(tmp_path, some_rows(low=2, high=3), model, max_steps=1)
+    assert len(set(ran)) == 2 and trainer.log_lines[0]["mtp_loss_2"] == 0
+
+
 def test_processes_wait_for_one_that_reads_a_large_model(tmp_path, monkeypatch):
     handlers = {}
     monkeypatch.setattr(trainer_module, "check_launch", lambda accelerator: None)
