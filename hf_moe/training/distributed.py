@@ -119,7 +119,8 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.O
     """`accelerator.prepare(model, optimizer)`, for models with FP8 weights and weights that one process has, too.
 
     With `cpu_ram_efficient_loading` all processes get the values of the main one; what the others have does not count.
-    Losses stay float32: Accelerate would have FSDP2 round what a model returns to bfloat16, sums over tokens too.
+    Losses stay float32: Accelerate would have FSDP2 round what a model returns to bfloat16, sums over tokens too. So do
+    the biases of routers, which are buffers: FSDP1 would round those.
     """
     if not _uses_fsdp(accelerator):
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -133,6 +134,8 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.O
             plugin.cpu_ram_efficient_loading = False
             if plugin.mixed_precision_policy is not None:
                 plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+        elif plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, buffer_dtype=None)
         keep_fp8(accelerator, model)
         whole = {}
         if once and accelerator.is_main_process:

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from testing import GOLDENS, assert_close
 from tiny import random_ids, tiny_model
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.fsdp import MixedPrecision
 from transformers import AutoModelForCausalLM
 
-from hf_moe.training.distributed import keep_fp8, refuse_fp8_under_deepspeed
+from hf_moe.training.distributed import keep_fp8, prepare, refuse_fp8_under_deepspeed
 from hf_moe.training.trainer import DistributedType, check_launch
 
 pytest.importorskip("peft")
@@ -188,6 +189,16 @@ def test_keep_fp8_refuses_other_ways(fp8_model):
         keep_fp8(_accelerator(DistributedType.FSDP, fsdp_version=1), fp8_model)
     with pytest.raises(ValueError, match="cpu_ram_efficient_loading"):
         keep_fp8(_accelerator(DistributedType.FSDP, fsdp_version=2, cpu_ram_efficient_loading=True), fp8_model)
+
+
+def test_fsdp1_does_not_round_the_biases_of_routers():
+    accelerator, seen = _accelerator(DistributedType.FSDP, fsdp_version=1, cpu_ram_efficient_loading=False), []
+    plugin = accelerator.state.fsdp_plugin
+    plugin.mixed_precision_policy = before = MixedPrecision(torch.bfloat16, torch.bfloat16, torch.bfloat16)
+    accelerator.prepare = lambda *prepared: seen.append(plugin.mixed_precision_policy) or prepared
+    prepare(accelerator, tiny_model(), None)
+    assert seen[0].buffer_dtype is None and seen[0].param_dtype == torch.bfloat16
+    assert plugin.mixed_precision_policy is before
 
 
 @pytest.mark.parametrize("config", [{"bf16": {"enabled": True}}, {}], ids=["config", "accelerator"])
