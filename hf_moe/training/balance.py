@@ -28,6 +28,7 @@ from hf_moe.models.modeling_causal_lm import find_joints
 
 from . import balance_losses as losses
 from .expert_load import LayerLoad, Load
+from .partition import reduction_device
 
 
 @dataclass(frozen=True)
@@ -320,8 +321,7 @@ class RouterBalance:
 
         To be called on every rank after each step of the optimiser, also where a rank had no batch.
         """
-        device = next(iter(self.routers.values())).e_score_correction_bias
-        device = next(self.decoder.parameters()).device if device is None else device.device
+        device = self._device()
         width = max(router.num_experts for router in self.routers.values())
         counts = torch.zeros(len(self.routers), width, dtype=torch.int64, device=device)
         for row, name in enumerate(self.routers):
@@ -335,6 +335,12 @@ class RouterBalance:
         self._window = counts if self._window is None else self._window + counts
         self._total = counts if self._total is None else self._total + counts
         self._loss_steps += 1
+
+    def _device(self) -> torch.device:
+        """Where counts of all routers are summed."""
+        bias = next(iter(self.routers.values())).e_score_correction_bias
+        device = next(self.decoder.parameters()).device if bias is None else bias.device
+        return reduction_device(device, self.process_group)
 
     def _move_bias(self, router: nn.Module, counts: torch.Tensor) -> None:
         bias, rate = router.e_score_correction_bias, self.bias_update_rate
@@ -389,7 +395,7 @@ class RouterBalance:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what `state_dict` gave. A rate that was changed while training stays so, unless the options of this
         run name another one than those of that run did."""
-        device = next(self.decoder.parameters()).device
+        device = self._device()
         self._window, self._total = (state[name].to(device) if name in state else None for name in ("window", "total"))
         self._loss_sum, self._loss_steps = state["loss_sum"].to(device), state["loss_steps"]
         if state.get("first_bias_update_rate", self.options.bias_update_rate) == self.options.bias_update_rate:

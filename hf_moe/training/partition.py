@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 
@@ -31,3 +32,13 @@ def gathered(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
             yield parameter
     else:
         yield parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def reduction_device(device: torch.device, group: dist.ProcessGroup | None = None) -> torch.device:
+    """Where to put what processes are to join: `device`, unless that is the CPU, of offloaded parameters, and their
+    backend moves nothing that lies there."""
+    if device.type != "cpu" or not (dist.is_available() and dist.is_initialized()):
+        return device
+    if "cpu:" in dist.get_backend_config(group):
+        return device
+    return torch.device("cuda", torch.cuda.current_device())

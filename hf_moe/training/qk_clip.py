@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from .partition import reduction_device
+
 # Elements of the scores that are held at a time.
 _BLOCK_ELEMENTS = 1 << 24
 
@@ -142,6 +144,7 @@ class QKClip:
             return
         heads = max(layer.num_heads for layer in self.layers.values())
         device = next(next(iter(self.layers.values())).parameters()).device
+        device = reduction_device(device, self.process_group)
         largest = torch.full((len(self.layers), heads), -math.inf, device=device)
         for row, name in enumerate(self.layers):
             if name in self._largest:

@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from testing import assert_close
 from tiny import left_padded, random_ids, tiny_model
 from tiny_step3 import text_model, vl_model
 
 from hf_moe.training import balance_losses as losses
 from hf_moe.training.balance import BalanceOptions, RouterBalance, find_routers
+from hf_moe.training.partition import reduction_device
 
 TOKENS, EXPERTS, TOP_K, DEVICES = 21, 8, 3, 4
 
@@ -433,3 +435,29 @@ def test_update_ends_a_collapse():
     updated, frozen = _collapsed(True), _collapsed(False, 40)
     assert updated[0] > 2 and max(updated[-10:]) < 1.5 and sum(updated[-10:]) / 10 < 1.4
     assert min(frozen) > 1.5 and sum(frozen[-10:]) / 10 > 1.8
+
+
+def test_a_resumed_run_counts_where_the_routers_are():
+    """Parameters may be elsewhere: offloaded by FSDP2, or on another device of a map."""
+    model = tiny_model()
+    routers = find_routers(model).values()
+    for router in routers:
+        router.e_score_correction_bias = router.e_score_correction_bias.to("meta")
+    balance = RouterBalance(model, BalanceOptions())
+    counts = torch.ones(len(routers), next(iter(routers)).num_experts, dtype=torch.int64)
+    state = {"window": counts, "total": counts, "loss_sum": torch.zeros(()), "loss_steps": 1, "bias_update_rate": 0.0}
+    balance.load_state_dict(state)
+    balance.step()
+    assert balance._window.is_meta and balance._total.is_meta
+
+
+def test_what_lies_on_the_cpu_is_summed_where_the_backend_can(monkeypatch):
+    cpu, backends = torch.device("cpu"), ["cpu:gloo,cuda:nccl"]
+    assert reduction_device(cpu) == cpu  # one process
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: backends[-1])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert reduction_device(cpu) == cpu
+    backends.append("cuda:nccl")
+    assert reduction_device(cpu) == torch.device("cuda", 3)
+    assert reduction_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
