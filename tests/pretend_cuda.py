@@ -182,13 +182,37 @@ class _Functions(TorchFunctionMode):
             return moved
         if tensor.is_cpu and not kwargs.get("non_blocking"):
             pretence.wait(f"copy to {device}")
-        with _disable_current_modes() if not torch.is_grad_enabled() or not tensor.requires_grad else _nothing():
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            return _Moved.apply(moved, pretence, here, there)
+        with _disable_current_modes():
             moved = moved.clone()
         if there is None:
             pretence.places.pop(moved.untyped_storage()._cdata, None)
         else:
             pretence.put(moved, there)
         return moved
+
+
+class _Moved(torch.autograd.Function):
+    """A copy on another device, whose gradient goes back to where the tensor was."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, pretence: Pretence, here: int | None, there: int | None):
+        ctx.pretence, ctx.here = pretence, here
+        return _Moved._copy(tensor, pretence, there)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return _Moved._copy(grad, ctx.pretence, ctx.here), None, None, None
+
+    @staticmethod
+    def _copy(tensor: torch.Tensor, pretence: Pretence, place: int | None) -> torch.Tensor:
+        with _disable_current_modes():
+            copy = tensor.clone()
+        pretence.places.pop(copy.untyped_storage()._cdata, None)
+        if place is not None:
+            pretence.put(copy, place)
+        return copy
 
 
 _nothing = contextlib.nullcontext

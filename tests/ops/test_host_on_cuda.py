@@ -15,6 +15,7 @@ from hf_moe.models.op_prefill import CausalMask
 from hf_moe.models.op_quant import quantize_block_fp8
 from hf_moe.models.op_routing import route
 from hf_moe.models.triton_compat import INTERPRETING
+from hf_moe.models.weights_checkpoint import extend_device_map
 
 pytestmark = pytest.mark.skipif(not (INTERPRETING and can_run_kernels()), reason="needs Triton's interpreter")
 
@@ -182,3 +183,30 @@ def test_gradients_are_those_without_the_pretence():
         actual = {name: value.cpu() for name, value in run_with_gradients(experts, case.to("cuda")).items()}
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "longcat_flash"])
+def test_training_on_two_devices_of_a_map(cuda, family):
+    """Layers on two GPUs, MTP layers behind the last one: hooks move what a layer is called with."""
+    from accelerate import dispatch_model
+
+    config = {"attn_implementation": "eager"}
+    ids = random_ids(2, 9)
+    whole = tiny_model(family, **config).train()
+    loss = whole(input_ids=ids, labels=ids).loss
+    loss.backward()
+    model = tiny_model(family, **config).train()
+    places = {name: "cuda:0" for name, _ in model.model.named_children() if name not in ("layers", "mtp", "norm")}
+    places = {f"model.{name}": place for name, place in places.items()} | {"model.norm": "cuda:1", "lm_head": "cuda:1"}
+    places |= {f"model.layers.{index}": f"cuda:{min(index, 1)}" for index in range(len(model.model.layers))}
+    extend_device_map(model, places)
+    model = dispatch_model(model, places, skip_keys=model._skip_keys_device_placement, force_hooks=True)
+    output = model(input_ids=ids.to("cuda:0"), labels=ids.to("cuda:0"))
+    output.loss.backward()
+    assert_close("loss", output.loss.cpu(), loss, "float32")
+    for name, parameter in model.named_parameters():
+        expected = whole.get_parameter(name).grad
+        assert (parameter.grad is None) == (expected is None), name
+        if expected is not None:
+            assert parameter.grad.device == parameter.device
+            assert_close(name, parameter.grad.cpu(), expected, "float32_grad")
