@@ -12,6 +12,7 @@ As a script it runs another one, or a module, in this state:
 """
 
 import contextlib
+import functools
 import os
 import runpy
 import sys
@@ -27,7 +28,7 @@ import torch  # noqa: E402
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
-from torch.utils._pytree import tree_iter  # noqa: E402
+from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten  # noqa: E402
 
 # Operations whose results the host must see, to know their value or their shape.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount")
@@ -45,6 +46,20 @@ class Pretence:
         self.current = 0
         self.capturing = False
         self.forbid_waits = False
+        self.replays = False  # whether graphs do again what was captured, which takes as long as it did
+        self.captured: list | None = None  # what the graph that is being captured will do again
+
+    def record(self, function, args, result) -> None:
+        """Keeps a call for the replays of the graph that is being captured: its result is written where it was."""
+        if self.captured is None:
+            return
+
+        def again():
+            for old, new in zip(tree_iter(result), tree_iter(function(*args)), strict=True):
+                if isinstance(old, torch.Tensor) and old.untyped_storage()._cdata != new.untyped_storage()._cdata:
+                    old.copy_(new)
+
+        self.captured.append(again)
 
     def place_of(self, tensor: torch.Tensor) -> int | None:
         """Index of the device that `tensor` is on; `None` for the CPU."""
@@ -53,12 +68,14 @@ class Pretence:
         found = self.places.get(tensor.untyped_storage()._cdata)
         return None if found is None else found[1]
 
-    def put(self, tensors, index: int) -> None:
+    def put(self, tensors, index: int):
+        """`tensors`, which are on the device from now on."""
         for tensor in tree_iter(tensors):
             if isinstance(tensor, torch.Tensor) and tensor.is_cpu:
                 storage = tensor.untyped_storage()
                 # The reference keeps the address from being used again.
                 self.places.setdefault(storage._cdata, (StorageWeakRef(storage), index))
+        return tensors
 
     def device_of(self, tensor: torch.Tensor) -> torch.device:
         place = self.place_of(tensor)
@@ -117,6 +134,8 @@ class _Operations(TorchDispatchMode):
             pretence.put(result, there)
         elif devices and name not in ("copy_", "set_"):
             pretence.put(result, devices.pop())
+        if not name.startswith(("empty", "new_empty")):
+            pretence.record(functools.partial(func, **kwargs), args, result)
         return result
 
     def _is_on_host(self, value) -> bool:
@@ -146,11 +165,8 @@ class _Functions(TorchFunctionMode):
             places = {pretence.place_of(leaf) for leaf in tree_iter((args, kwargs)) if isinstance(leaf, torch.Tensor)}
             if len(places) > 1:
                 raise RuntimeError(f"{name}: Expected all tensors to be on the same device, but found {places}")
-            with _disable_current_modes():
-                result = func(*args, **kwargs)
-            if None not in places:
-                pretence.put(result, places.pop())
-            return result
+            place = places.pop()
+            return func(*args, **kwargs) if place is None else _attend(pretence, place, func, args, kwargs)
         index = pretence.index(kwargs.get("device")) if name in ("tensor", "as_tensor") else None
         if index is not None:  # converted where modes do not see it
             result = func(*args, **{**kwargs, "device": "cpu"})
@@ -218,6 +234,49 @@ class _Moved(torch.autograd.Function):
 _nothing = contextlib.nullcontext
 
 
+def _attend(pretence: Pretence, place: int, func, args: tuple, kwargs: dict) -> torch.Tensor:
+    """`func(*args, **kwargs)` with what it, or its gradient, makes on its way unseen; the result is at `place`."""
+    leaves, structure = tree_flatten((args, kwargs))
+    at = [number for number, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    tensors = [leaves[number] for number in at]
+
+    def call(*tensors):
+        filled = list(leaves)
+        for number, tensor in zip(at, tensors):
+            filled[number] = tensor
+        args, kwargs = tree_unflatten(filled, structure)
+        return func(*args, **kwargs)
+
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        result = _Unseen.apply(call, lambda gradient: pretence.put(gradient, place), *tensors)
+    else:
+        with _disable_current_modes():
+            result = call(*tensors)
+    pretence.put(result, place)
+    pretence.record(call, tensors, result)
+    return result
+
+
+class _Unseen(torch.autograd.Function):
+    """A function whose own small graph is built, and run backwards, while no mode looks."""
+
+    @staticmethod
+    def forward(ctx, call, put, *tensors):
+        ctx.put, needs = put, ctx.needs_input_grad[2:]
+        with _disable_current_modes(), torch.enable_grad():
+            ctx.inputs = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(tensors, needs)]
+            ctx.output = call(*ctx.inputs)
+        return ctx.output.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        wanted = [tensor for tensor in ctx.inputs if tensor.requires_grad]
+        with _disable_current_modes():
+            gradients = iter(torch.autograd.grad(ctx.output, wanted, grad))
+        placed = (ctx.put(next(gradients)) if tensor.requires_grad else None for tensor in ctx.inputs)
+        return None, None, *placed
+
+
 class _Event:
     def __init__(self, *args, **kwargs):
         self.time = 0.0
@@ -259,18 +318,22 @@ def _cuda_functions(pretence: Pretence, capability: tuple[int, int]) -> dict:
             pretence.current = before
 
     class Graph:
-        """Replays the calls' results, which stay as they were captured."""
+        """Does again what was captured, if the pretence keeps it; results else stay as they were."""
+
+        calls: list = []
 
         def replay(self):
-            pass
+            with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+                for call in self.calls:
+                    call()
 
     @contextlib.contextmanager
-    def graph(*args, **kwargs):
-        pretence.capturing = True
+    def graph(captured, *args, **kwargs):
+        pretence.capturing, pretence.captured = True, [] if pretence.replays else None
         try:
             yield
         finally:
-            pretence.capturing = False
+            captured.calls, pretence.capturing, pretence.captured = pretence.captured or [], False, None
 
     def set_sync_debug_mode(mode):
         pretence.forbid_waits = mode == "error"
@@ -334,8 +397,13 @@ def pretend_cuda(capability: tuple[int, int] = (9, 0), processors: int = 3) -> I
             place = pretence.place_of(tensor)
             assert place == pretence.current, f"{name}: a tensor on {tensor.device}, launched on {pretence.current}"
         pretence.launches.append(name)
-        with _disable_current_modes(), torch._C.DisableTorchFunction():
-            return plain_launch(executor, *args, **kwargs)
+
+        def run():
+            with _disable_current_modes(), torch._C.DisableTorchFunction():
+                plain_launch(executor, *args, **kwargs)
+
+        run()
+        pretence.record(run, (), None)
 
     def on_kernels(device) -> bool:
         return device.type == "cuda"
@@ -370,7 +438,8 @@ def main() -> None:
     del sys.argv[0]
     if sys.argv[0] == "-m":
         del sys.argv[0]
-        with pretend_cuda():
+        with pretend_cuda() as pretence:
+            pretence.replays = True
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         return
     sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
