@@ -4,7 +4,8 @@
 
 Each part is a process of its own with a time of its own, so that none can take another with it. While the tests run,
 other processes compile what the benchmarks will launch. `results.json` holds what there is after every part: how it
-ended, and the rows that benchmarks had written by then; `log.txt` holds all output. Exits with 1 if a part failed.
+ended, the rows that benchmarks had written by then, and how far they reach each target; `log.txt` holds all output.
+Exits with 1 if a part failed; a target that is missed is printed, and fails nothing.
 
 `--dry` tries the queue itself without a GPU, at tiny sizes, in Triton's interpreter on a CPU that says it is one.
 """
@@ -23,6 +24,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from targets import judge  # noqa: E402
+
 TESTS = ["tests/gpu", "tests/ops"]  # every test that is marked `gpu` is in one of them
 LIMIT_SECONDS = 8.75 * 60
 WARM_SECONDS = 20  # that may pass after the tests until everything is compiled
@@ -90,7 +95,7 @@ class Queue:
         self.out, self.dry, self.start = out, dry, time.monotonic()
         self.log = (out / "log.txt").open("w", encoding="utf-8")
         self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        self.results: dict = {"dry": dry, "parts": [], "benchmarks": {}}
+        self.results: dict = {"dry": dry, "parts": [], "benchmarks": {}, "targets": []}
 
     def left(self) -> float:
         return LIMIT_SECONDS - (time.monotonic() - self.start)
@@ -132,6 +137,7 @@ class Queue:
     def keep(self, part: Part, ending: int | str, seconds: float) -> None:
         entry = {"name": part.name, "ending": ending, "seconds": round(seconds, 1)}
         self.results["parts"].append(entry)
+        self.results["targets"] = judge(self.results["benchmarks"])
         print(f"[{time.monotonic() - self.start:.0f} s] {entry}", flush=True)
         temporary = self.out / "results.tmp"
         temporary.write_text(json.dumps(self.results, indent=1) + "\n")
@@ -183,6 +189,9 @@ def main() -> int:
     failed = [entry["name"] for entry in queue.results["parts"] if entry["ending"] != 0]
     rows = [row for records in queue.results["benchmarks"].values() for record in records for row in record["rows"]]
     failed += [f"{row.get('model')} {row.get('kind')}: {row['failed']}" for row in rows if "failed" in row]
+    for entry in queue.results["targets"]:
+        figures = f"{entry['measured']:.3g} of {entry['wanted']:.3g} ({entry['share']:.0%})"
+        print(f"{'met' if entry['met'] else 'MISSED'}: {entry['target']}, {entry['case']}: {figures}")
     for name in failed:
         print(f"FAILED: {name}")
     return 1 if failed else 0

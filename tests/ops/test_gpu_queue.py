@@ -40,6 +40,34 @@ def test_a_part_that_fails_stops_no_other(run_all, tmp_path):
     assert results["benchmarks"] == {"wrong": [{"rows": []}], "right": [{"rows": []}]}
 
 
+def test_targets_are_held_against_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from targets import judge
+
+    def layer(kind, tokens, **figures):
+        return {"model": "m", "kind": kind, "tokens": tokens, **figures}
+
+    figures = {"share of copy bandwidth": 0.9, "share of dense bf16": 0.6, "TFLOP/s": 500.0}
+    rows = [layer("bf16", 1, **figures), layer("bf16", 4096, **figures), layer("w8a8", 4096, **figures)]
+    rows += [layer("w8a16", 64, failed="no"), layer("w8a8", 8192, **figures)]  # of which bfloat16 was not measured
+    rows += [{"model": "lora", "kind": "fold", "tokens": 9, "GB": 3.0, "ms": 9.0}]
+    rows += [{"model": "lora", "kind": "grouped", "tokens": 9, "GB": 1.0, "ms": 3.0, "ratio": 3.0}]
+    kernel = {"batch": 1, "context": 4096, "of copy bandwidth": 0.4}
+    layers = [{"context": 4096, "ratio": 9.0}, {"context": 32768, "ratio": 60.0}]
+    records = [("expert_kernels", rows), ("mla_kernel", [kernel]), ("mla_layer", layers)]
+    judged = judge({"part": [{"benchmark": name, "rows": some} for name, some in records]})
+    assert [(entry["wanted"], entry["met"]) for entry in judged] == [
+        (0.85, True),
+        (0.75, False),
+        (1.5, False),
+        (2.0, True),
+        (2.0, True),
+        (0.8, False),
+        (50.0, True),
+    ]
+    assert [entry["share"] for entry in judged[4:]] == [1.5, 0.5, 1.2]
+
+
 def test_what_is_interrupted_tells_how_far_it_came_and_leaves_nothing_behind(run_all):
     pipes = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
     process = subprocess.Popen([sys.executable, "-c", LONG], **pipes)
