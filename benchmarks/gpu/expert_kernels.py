@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 from common import save  # noqa: E402
 from occupancy import padded_rows  # noqa: E402
 from timing import attempt, copy_bandwidth, seconds_per_call  # noqa: E402
+from torch.autograd import DeviceType  # noqa: E402
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 
 from hf_moe.models.kernel_tiles import tile_rows  # noqa: E402
@@ -78,7 +79,9 @@ def kernel_us(function) -> dict[str, float]:
     with torch.profiler.profile(activities=activities) as profile:
         function()
         torch.cuda.synchronize()
-    return {event.key[:60]: event.device_time_total for event in profile.key_averages() if event.device_time_total}
+    # Operations of PyTorch are listed, too, with the time of the kernels that they launch.
+    kernels = [event for event in profile.key_averages() if event.device_type == DeviceType.CUDA]
+    return {event.key[:60]: event.device_time_total for event in kernels}
 
 
 def dense_rate(size: int) -> float:

@@ -94,7 +94,9 @@ class Queue:
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.dry, self.start = out, dry, time.monotonic()
         self.log = (out / "log.txt").open("w", encoding="utf-8")
-        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        self.environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # a process for each core is more than it has to do
         self.results: dict = {"dry": dry, "parts": [], "benchmarks": {}, "targets": []}
 
     def left(self) -> float:

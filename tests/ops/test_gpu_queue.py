@@ -40,6 +40,13 @@ def test_a_part_that_fails_stops_no_other(run_all, tmp_path):
     assert results["benchmarks"] == {"wrong": [{"rows": []}], "right": [{"rows": []}]}
 
 
+def test_parts_find_what_this_process_was_told_to_find(run_all, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    queue = run_all.Queue(tmp_path, dry=False)
+    queue.run(run_all.Part("paths", 60, ["-c", "import os; print(os.environ['PYTHONPATH'])"], []))
+    assert (tmp_path / "log.txt").read_text().split()[0].split(":") == [str(run_all.ROOT), "/elsewhere"]
+
+
 def test_targets_are_held_against_what_was_measured(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     from targets import judge
