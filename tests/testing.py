@@ -90,3 +90,36 @@ def poison() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def watch_quantised_products(monkeypatch) -> list[str]:
+    """From now on, every product of quantised rows on kernels, of linear layers and of experts, is compared with its
+    definition on the same inputs. Returns the names of those that were, which grows.
+
+    The logits of a tiny random model do not tell: tensor cores sum FP8 products with some 14 bits, and noise of 1e-4
+    makes so many values round to their neighbour in the next layer that logits move as far as by the quantisation.
+    """
+    from hf_moe.models import op_experts, op_fp8, op_quant
+
+    seen, multiply, experts_triton = [], op_fp8.multiply, op_experts.experts_triton
+
+    def watched_multiply(rows, weight, scale, **options):
+        output = multiply(rows, weight, scale, **options)
+        if options.get("x_scale") is not None:
+            wide = op_quant.dequantize_block_fp8(weight, scale).double()
+            wanted = op_quant.dequantize_rows(rows, options["x_scale"]).double() @ wide.T
+            assert_close("quantised linear layer", output, wanted, "fp8")
+            seen.append("linear")
+        return output
+
+    def watched_experts(hidden, indices, factors, weights, lora, options):
+        output = experts_triton(hidden, indices, factors, weights, lora, options)
+        if options.quantize:
+            wanted = op_experts.experts_torch(hidden, indices, factors, *weights, lora, *options)
+            assert_close("quantised experts", output, wanted, "fp8_experts")
+            seen.append("experts")
+        return output
+
+    monkeypatch.setattr(op_fp8, "multiply", watched_multiply)
+    monkeypatch.setattr(op_experts, "experts_triton", watched_experts)
+    return seen

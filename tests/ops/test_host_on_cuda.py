@@ -210,3 +210,31 @@ def test_training_on_two_devices_of_a_map(cuda, family):
         if expected is not None:
             assert parameter.grad.device == parameter.device
             assert_close(name, parameter.grad.cpu(), expected, "float32_grad")
+
+
+def test_graphs_of_the_pretence_do_again_what_was_captured(cuda):
+    case = make_case(Shape(5, 4, 2), 40, 24, torch.float32).to("cuda")
+    cuda.replays, graph, other = True, torch.cuda.CUDAGraph(), (case.topk_indices + 1) % 4
+    with torch.no_grad():
+        first = experts(*case.arguments(), impl="triton")
+        with torch.cuda.graph(graph):
+            captured = experts(*case.arguments(), impl="triton") + 1
+        assert torch.equal(captured, first + 1)
+        case.topk_indices.copy_(other)
+        assert torch.equal(captured, first + 1)
+        graph.replay()
+        assert torch.equal(captured, experts(*case.arguments(), impl="triton") + 1)
+        assert not torch.equal(captured, first + 1)
+
+
+def test_attention_of_the_pretence_has_its_gradient_where_it_is(cuda):
+    """On a CPU it is taken apart, into operations of which some make tensors and do not say where."""
+    tensors = [torch.randn(1, 2, 6, 8) for _ in range(3)]
+    mask, gradients = torch.ones(6, 6, dtype=torch.bool).tril(), []
+    for device in ("cpu", "cuda"):
+        leaves = [tensor.to(device).detach().requires_grad_() for tensor in tensors]
+        output = torch.nn.functional.scaled_dot_product_attention(*leaves, attn_mask=mask.to(device))
+        (output.square().sum()).backward()
+        assert all(leaf.grad.is_cuda == (device == "cuda") for leaf in leaves)
+        gradients.append([leaf.grad.cpu() for leaf in leaves])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients))
