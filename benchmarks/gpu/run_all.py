@@ -170,6 +170,8 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", default=names, choices=names, help="only these")
     parser.add_argument("--dry", action="store_true", help="try the queue at tiny sizes without a GPU")
     args = parser.parse_args()
+    # A queue that was started in the background ignores interrupts, and its parts would, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     queue = Queue(args.out, args.dry)
     warming = [] if args.dry else [queue.launch(command) for command in WARM]
     try:

@@ -1,6 +1,7 @@
 """The queue of `benchmarks/gpu/run_all.py`: what fails or takes too long keeps nothing from the rest."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +28,9 @@ def run_all(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     import run_all
 
-    return run_all
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as the queue does: parts heed interrupts
+    yield run_all
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_part_that_fails_stops_no_other(run_all, tmp_path):
