@@ -324,6 +324,9 @@ def test_labels_of_the_kept_positions():
         output = model(ids, labels=labels, logits_to_keep=torch.tensor([1, 3]))
         assert_close("loss", output.loss, expected[0], "float32")
         assert_close("logits", output.logits, model(ids).logits[:, [1, 3]], "float32")
+        backwards = model(ids, labels=labels, logits_to_keep=torch.arange(9).flip(0))
+        assert_close("loss of another order", backwards.loss, expected[0], "float32")
+        assert_close("logits of another order", backwards.logits, model(ids).logits.flip(1), "float32")
     for wrong, kept in ((F.pad(ids, (1, 0)), 0), (ids[:, 2:], 0), (ids[:, 2:], 5), (ids[:1], 0)):
         with pytest.raises(ValueError, match=r"`labels` has shape .* 2 sequences of 9 tokens"):
             model(ids, labels=wrong, logits_to_keep=kept)
@@ -417,6 +420,9 @@ def test_deferred_logits_remember_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(ids, labels=ids)
     assert output.logits.dtype == torch.bfloat16 and output.loss.dtype == torch.float32
+    output = model(ids, labels=ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert output.logits.dtype == torch.float32, "autocast that was off when the model ran"
 
 
 def test_tuples():
@@ -466,6 +472,26 @@ def test_loss_function_of_the_user():
     model.loss_function = doubled
     check(model(ids, labels=ids, num_items_in_batch=3), (2 * main, [2 * loss for loss in mtp]))
     assert seen == [((2, 9, 101), 101, 3), ((2, 8, 101), 101, 3), ((2, 7, 101), 101, 3)]
+
+
+@pytest.mark.parametrize("arguments", ["ignore_index", "shift_labels"])
+def test_loss_function_of_the_user_takes_what_transformers_own_takes(arguments):
+    model, ids = model_with().train(), random_ids(2, 9)
+    if arguments == "ignore_index":
+        labels = ids.clone()
+        labels[:, :4] = -1
+        given = {"labels": labels, "ignore_index": -1}
+    else:  # the last position has a target, too
+        given = {"shift_labels": F.pad(ids[:, 1:], (0, 1), value=7)}
+    expected = model(ids, **given)
+
+    def plain(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs):
+        if shift_labels is None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
+        return F.cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), ignore_index=ignore_index)
+
+    model.loss_function = plain
+    check(model(ids, **given), (expected.main_loss, expected.mtp_loss))
 
 
 # --- trainers and adapters --------------------------------------------------------------------------------------------
