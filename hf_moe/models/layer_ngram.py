@@ -160,6 +160,23 @@ class HostTable(nn.Module):
         if self.weight is not None:
             destination[prefix + "weight"] = self.weight
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        name = prefix + "weight"
+        others = {key: value for key, value in state_dict.items() if key != name}
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing, unexpected, errors)
+        given = state_dict.get(name)
+        if given is None or given is self.weight:
+            return
+        if tuple(given.shape) != self.shape:
+            errors.append(f"size mismatch for {name}: {tuple(given.shape)} in the state dict, {self.shape} here.")
+            return
+        if self.weight is None:
+            self.weight = given.detach().to("cpu", copy=True)
+        elif given.data_ptr() != self.weight.data_ptr():
+            if self.on_disk:  # the view of a file cannot be written: memory takes its place
+                self.weight = torch.empty_like(self.weight)
+            self.weight.copy_(given.detach())
+
     def extra_repr(self) -> str:
         return f"{self.shape[0]}, {self.shape[1]}"
 

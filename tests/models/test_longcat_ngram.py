@@ -258,6 +258,21 @@ def test_tables_on_the_host(place, tmp_path):
     assert read_config(tmp_path)["ngram_tables"] == place
 
 
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_state_dict_of_tables_on_the_host_goes_back_in(place, tmp_path):
+    folder = write_checkpoint(tmp_path, read_config(FOLDER), read_tensors(FOLDER))
+    model = AutoModelForCausalLM.from_pretrained(folder, ngram_tables=place)
+    state = model.state_dict()
+    model.load_state_dict(state)
+    name = "model.ngram_embeddings.embedders.2.weight"
+    other = {**state, name: state[name] + 1}
+    model.load_state_dict(other)
+    assert_same_tensors(model.state_dict(), other)
+    assert_same_tensors(read_tensors(folder), read_tensors(FOLDER))
+    with pytest.raises(RuntimeError, match=r"size mismatch for model\.ngram_embeddings\.embedders\.2\.weight"):
+        model.load_state_dict({**state, name: state[name][1:]})
+
+
 def test_tables_on_the_host_keep_a_device_map(tmp_path):
     model = load(ngram_tables="cpu", device_map={"": "cpu"})
     assert_golden("logits", golden_logits(model, load_golden(CASE)[0]), load_golden(CASE)[0]["logits"], "logits")
