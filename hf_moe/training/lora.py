@@ -44,14 +44,15 @@ def check_targets(model: nn.Module, config) -> None:
     """Looks for each target of a `LoraConfig` in the model, each for itself; PEFT is content if one of them is there.
 
     Looks at `target_modules`, `target_parameters`, `modules_to_save`, `layers_to_transform`, and the keys of
-    `rank_pattern` and `alpha_pattern`. `target_modules="all-linear"` always matches.
+    `rank_pattern` and `alpha_pattern`. `target_modules="all-linear"` always matches. FP8 weights cannot be saved whole:
+    they have no gradient.
 
     Args:
         model: the model before or after `get_peft_model`.
         config: a `peft.LoraConfig`.
 
     Raises:
-        ValueError: naming every target that matches nothing, with names that are alike.
+        ValueError: naming every target that matches nothing, with names that are alike, or that cannot be trained.
     """
     modules = {_plain(name) for name, _ in model.named_modules()} - {""}
     parameters = {_plain(name) for name, _ in model.named_parameters() if not _ADAPTER.search(name)}
@@ -72,9 +73,13 @@ def check_targets(model: nn.Module, config) -> None:
         matched |= found
         if not found:
             problems.append(f"target_parameters: {target!r} matches no parameter{_alike(target, parameters)}")
+    frozen = [_plain(name) for name, module in model.named_modules() if getattr(module, "fp8", None) is not None]
     for target in config.modules_to_save or ():
-        if not any(_is_suffix(target, name) for name in modules):
+        found = {name for name in modules if _is_suffix(target, name)}
+        if not found:
             problems.append(f"modules_to_save: {target!r} matches no module{_alike(target, modules)}")
+        elif any(f"{name}.".startswith(f"{saved}.") for name in frozen for saved in found):
+            problems.append(f"modules_to_save: {target!r} has FP8 weights, which are frozen: target them with LoRA")
     layers = config.layers_to_transform
     present = {int(found.group(2)) for found in map(_LAYER.search, modules) if found}
     for layer in [layers] if isinstance(layers, int) else layers or ():

@@ -231,6 +231,28 @@ def test_gradients_are_those_of_the_dequantised_model(kept, decoded):
     kept.zero_grad()
 
 
+@pytest.mark.parametrize("backend", ["hf_moe", "eager", "compiled"])
+def test_fp8_weights_get_no_gradient_however_they_are_marked(backend):
+    model = load().train().requires_grad_(True)
+    if backend == "eager":
+        model.set_experts_implementation("eager")
+    run = torch.compile(model, backend="aot_eager") if backend == "compiled" else model
+    run(random_ids(2, 6, high=300), labels=random_ids(2, 6, high=300)).loss.backward()
+    trained = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    assert any("layernorm" in name for name in trained)
+    assert not [name for name in trained if dict(model.named_parameters())[name].dtype == FP8]
+    assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite()
+
+
+def test_second_derivatives_through_fp8_weights_are_refused(kept):
+    layer = kept.model.layers[0].mlp.up_proj
+    rows = torch.randn(6, layer.in_features, requires_grad=True)
+    seed = torch.randn(6, layer.out_features, requires_grad=True)
+    first = torch.autograd.grad(layer(rows), rows, seed, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="twice"):
+        first.sum().backward()
+
+
 def test_generation_and_the_base_model(kept):
     expected, _ = load_golden(CASE)
     ids = expected["input_ids"]
@@ -316,6 +338,9 @@ def test_quantised_on_load(ue8m0, tmp_path):
 def test_what_cannot_be_quantised_on_load_is_refused(tmp_path):
     with pytest.raises(ValueError, match="activation_scheme='static'"):
         load(golden("v3_basic"), quantization_config=FineGrainedFP8Config(activation_scheme="static"))
+    for blocks in ([128], 128, [0, 128], ["128", "128"]):
+        with pytest.raises(ValueError, match="weight_block_size is .*rows and columns"):
+            load(golden("v3_basic"), quantization_config={"quant_method": "fp8", "weight_block_size": blocks})
     name = "model.layers.0.mlp.up_proj.weight"
 
     def edit(tensors):

@@ -11,6 +11,7 @@ from testing import GOLDENS, assert_close
 from transformers import AutoModelForCausalLM
 
 from hf_moe.models.op_quant import FP8, dequantize_block_fp8, quantize_block_fp8
+from hf_moe.training.lora import check_targets
 
 FOLDERS = {"deepseek_v3": "v3_fp8", "step3": "step3_fp8", "longcat": "longcat_fp8"}
 # Of the output of one product or one experts module, as a norm: quantising has an error of about 2.5% of each weight.
@@ -174,6 +175,14 @@ def test_safe_merge_sees_what_is_not_finite():
 def test_what_fp8_weights_cannot_have_is_refused(options, match):
     with pytest.raises(ValueError, match=match):
         get_peft_model(load(), LoraConfig(target_modules=["o_proj"], **options))
+
+
+def test_modules_of_fp8_weights_cannot_be_trained_whole():
+    model = load()
+    for name in ("shared_experts", "o_proj", "mlp"):
+        with pytest.raises(ValueError, match=f"'{name}' has FP8 weights, which are frozen"):
+            check_targets(model, LoraConfig(target_modules=["kv_b_proj"], modules_to_save=[name]))
+    check_targets(model, LoraConfig(target_modules=["kv_b_proj"], modules_to_save=["lm_head", "gate", "norm"]))
 
 
 def test_an_adapter_trained_beside_fp8_serves_the_decoded_model(tmp_path):
