@@ -265,3 +265,27 @@ def test_a_choice_that_is_made_twice_counts_twice(tokens):
     rows, gate_up, down = torch.randn(tokens, 8), torch.randn(4, 12, 8), torch.randn(4, 8, 6)
     once = experts_cpu(rows, ids[:, :1], weights.sum(1, keepdim=True), gate_up, down, torch.nn.functional.silu)
     assert_close("output", experts_cpu(rows, ids, weights, gate_up, down, torch.nn.functional.silu), once, "float32")
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 200])
+@pytest.mark.parametrize("precision", ["autocast", "float64"])
+def test_sums_over_choices_are_wide(tokens, precision, monkeypatch):
+    """Rows of small integers are exact in any dtype, so that nothing is rounded but the sum of three of them."""
+    monkeypatch.setattr(op_moe, "_WHOLE_STACK_ELEMENTS", 0)
+    generator = torch.Generator().manual_seed(0)
+    gate_up = torch.randint(0, 2, (4, 6, 5), generator=generator).float()
+    down = torch.randint(0, 2, (4, 5, 3), generator=generator).float()
+    hidden = torch.randint(0, 2, (tokens, 5), generator=generator).float()
+    ids = torch.stack([torch.randperm(4, generator=generator)[:3] for _ in range(tokens)])
+    weights = torch.rand(tokens, 3, generator=generator, dtype=torch.float64)
+    inner = torch.einsum("eih,th->tei", gate_up, hidden)
+    rows = torch.einsum("ehi,tei->teh", down, inner[..., :3].relu() * inner[..., 3:]).double()
+    assert rows.max() <= 128
+    tensors = (hidden, ids, weights.float(), gate_up, down)
+    if precision == "float64":
+        tensors = tuple(tensor.double() for tensor in tensors)
+        tensors = (tensors[0], ids, weights, *tensors[3:])
+    expected = torch.einsum("tk,tkh->th", tensors[2].double(), rows.gather(1, ids[..., None].expand(-1, -1, 5)))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
+        output = experts_cpu(*tensors, torch.nn.functional.relu)
+    assert_close("output", output, expected, "float32" if precision == "autocast" else "float64")
