@@ -45,12 +45,15 @@ class DeferredLogits:
         self.head, self.states = head, states
         self.device = states.device.type
         self.with_grad = torch.is_grad_enabled()
-        self.autocast = torch.get_autocast_dtype(self.device) if torch.is_autocast_enabled(self.device) else None
+        self.autocast = None
+        if torch.amp.is_autocast_available(self.device):  # where it is off, it may be on when they are read
+            dtype, enabled = torch.get_autocast_dtype(self.device), torch.is_autocast_enabled(self.device)
+            self.autocast = {"dtype": dtype, "enabled": enabled}
 
     def compute(self) -> torch.Tensor:
         autocast = contextlib.nullcontext()
         if self.autocast is not None:
-            autocast = torch.autocast(self.device, dtype=self.autocast)
+            autocast = torch.autocast(self.device, **self.autocast)
         with torch.set_grad_enabled(self.with_grad), autocast:
             return self.head(self.states)
 
@@ -156,7 +159,9 @@ class CausalLMMixin:
                 loss_arguments["kept"] = logits_to_keep
             if not getattr(self.config, "mtp_loss_weight", 0):  # they may be there for their logits
                 mtp = []
-            main_loss, mtp_loss = losses(hidden_states, logits, mtp, labels, inputs, loss_arguments)
+            # Those that a tensor chose are of any positions, in any order.
+            usable = logits if custom or isinstance(logits_to_keep, int) else None
+            main_loss, mtp_loss = losses(hidden_states, usable, mtp, labels, inputs, loss_arguments)
             result |= self._sum_losses(main_loss, mtp_loss)
             if self.training and self.auxiliary_loss is not None:
                 result |= self._add_auxiliary_loss(result["loss"], hidden_states, labels, inputs, loss_arguments)
@@ -228,12 +233,17 @@ class CausalLMMixin:
             return main_loss, []
         following = next_tokens(hidden_states, labels, **loss_arguments)
         joints = find_joints(hidden_states, **inputs)
-        arguments.pop("shift_labels", None)
+        already_shifted = arguments.pop("shift_labels", None) is not None
+        if "ignore_index" in arguments:  # what `next_tokens` has turned into this one
+            arguments["ignore_index"] = IGNORE_INDEX
         losses = []
         for depth, (states, head) in enumerate(mtp):
             targets = mtp_targets(following, depth, joints, inputs.get("attention_mask"))
-            shifted = F.pad(targets, (1, 0), value=IGNORE_INDEX)[:, :-1]  # the last position has no target
-            losses.append(self.loss_function(logits=head(states), labels=shifted, **arguments))
+            if already_shifted:
+                given = {"labels": None, "shift_labels": targets}
+            else:  # the last position has no target
+                given = {"labels": F.pad(targets, (1, 0), value=IGNORE_INDEX)[:, :-1]}
+            losses.append(self.loss_function(logits=head(states), **given, **arguments))
         return main_loss, losses
 
 

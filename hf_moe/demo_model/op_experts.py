@@ -205,6 +205,9 @@ def experts(
             f"the kernels know the activations {', '.join(FUSED)} and FP8 blocks of 128 x 128, "
             f"not {activation} and {tuple(block_size)}"
         )
+    if gate_up_scale is not None or down_scale is not None:  # frozen, whatever `model.requires_grad_(True)` has marked
+        gate_up_proj, down_proj = (w.detach() if w.itemsize == 1 else w for w in (gate_up_proj, down_proj))
+        weights = (gate_up_proj, down_proj, gate_up_scale, down_scale)
     tensors = (topk_weights, gate_up_proj, down_proj, *(lora.factors if lora else ()))
     if hidden_states.shape[0] == 0:
         # Nothing to do, but everything takes part in the backward pass.

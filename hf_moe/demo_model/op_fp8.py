@@ -216,6 +216,7 @@ class _Fp8MM(torch.autograd.Function):
         return fp8_mm(rows, weight, scale, fp8, parts, quantize)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         weight, scale = ctx.saved_tensors
         return fp8_mm_backward(grad, weight, scale, ctx.fp8, ctx.parts), None, None, None, None, None

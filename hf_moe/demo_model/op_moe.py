@@ -6,6 +6,7 @@ picks per call from device, dtype and token count. The readable definition is `E
 Shapes: T tokens, K choices per token, E experts, H hidden, I intermediate, N = T * K routed rows.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -112,8 +113,9 @@ def experts_cpu(
     expert_ids = topk_indices.flatten()  # (N,)
     order = expert_ids.argsort(stable=True)  # rows of one expert become neighbours
     counts = torch.bincount(expert_ids, minlength=num_experts)[:num_experts].tolist()
-    tokens, weights = order // top_k, topk_weights.flatten().index_select(0, order).float().unsqueeze(1)  # (N,), (N, 1)
     output = _zero_sums(hidden_states)
+    weights = topk_weights.flatten().index_select(0, order).to(output.dtype).unsqueeze(1)  # (N, 1)
+    tokens = order // top_k  # (N,)
     start = 0
     for expert, count in enumerate(counts):
         if count == 0:
@@ -153,7 +155,8 @@ def _experts_one_token(
     if len(places) < len(ids):
         topk_weights = topk_weights.index_select(1, torch.tensor(places, device=topk_weights.device))
     wide = torch.promote_types(hidden_states.dtype, torch.float32)
-    return (topk_weights.to(wide) @ rows.to(wide)).to(hidden_states.dtype)
+    with _without_autocast(rows.device.type):
+        return (topk_weights.to(wide) @ rows.to(wide)).to(hidden_states.dtype)
 
 
 def _experts_gathered(
@@ -210,8 +213,14 @@ def _sum_rows(rows: torch.Tensor, order: torch.Tensor, topk_weights: torch.Tenso
     for start in range(0, num_tokens, step):
         some = weights[start : start + step]  # (step, 1, K)
         chosen = rows.index_select(0, places[start * top_k :][: len(some) * top_k])
-        output[start : start + step] = torch.bmm(some, chosen.to(wide).view(len(some), top_k, width)).squeeze(1)
+        with _without_autocast(rows.device.type):
+            output[start : start + step] = torch.bmm(some, chosen.to(wide).view(len(some), top_k, width)).squeeze(1)
     return output
+
+
+def _without_autocast(device: str):
+    """Where products are sums over choices: those are taken in float32."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def _pieces_of_experts(experts: list[int], sizes: list[int], batched: bool) -> Iterator[tuple[slice, bool]]:

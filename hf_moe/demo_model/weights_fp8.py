@@ -12,6 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .weights_experts import with_scale_converters
+from .weights_lazy import is_block_size
 
 # With the name of the module: every bundle of remote code brings its own copy, which serves its own models.
 METHOD = f"block_fp8.{__name__}"
@@ -47,11 +48,13 @@ def upstream_fp8_config(requested: Any) -> dict[str, Any]:
     """A `FineGrainedFP8Config` (or its dictionary) in the spelling of published checkpoints.
 
     Raises:
-        ValueError: for one that asks for something else than dynamic block FP8 in e4m3.
+        ValueError: for one that asks for something else than dynamic block FP8 in e4m3, or for blocks of no size.
     """
     fields = requested if isinstance(requested, dict) else requested.to_dict()
     scheme, block_size = fields.get("activation_scheme", "dynamic"), fields.get("weight_block_size", (128, 128))
     extra, expert_dtype = fields.get("modules_to_convert"), fields.get("expert_dtype", "fp8")
+    if block_size is not None and not is_block_size(block_size):
+        raise ValueError(f"weight_block_size is {block_size!r}: FP8 needs the rows and columns of a block, [128, 128].")
     if scheme != "dynamic" or block_size is None or extra or expert_dtype != "fp8":
         raise ValueError(
             "Quantising to FP8 on load makes block FP8 weights for dynamic activations; got "

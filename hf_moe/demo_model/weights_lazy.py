@@ -267,7 +267,7 @@ def read_quantization_config(quantization_config: Any) -> dict[str, Any] | None:
     method = fields.get("quant_method")
     if method == "fp8":
         block_size = fields.get("weight_block_size")
-        if not _positive_integers(block_size, 2):
+        if not is_block_size(block_size):
             raise ValueError(
                 f"quantization_config of method 'fp8' has weight_block_size {block_size!r}; only block FP8, such as "
                 "[128, 128], is read."
@@ -288,6 +288,11 @@ def read_quantization_config(quantization_config: Any) -> dict[str, Any] | None:
             raise ValueError(f"quantization_config of INT4 weights has group_size {group_size!r}; it must be positive.")
         return {"quant_method": "int4", "group_size": group_size}
     return None
+
+
+def is_block_size(value: Any) -> bool:
+    """Whether `value` is a pair of positive integers."""
+    return _positive_integers(value, 2)
 
 
 def _positive_integers(values: Any, count: int) -> bool:
