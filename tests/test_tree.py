@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from testing import SHARED_MODELING
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -192,7 +193,7 @@ def test_every_modeling_file_belongs_to_a_family():
     for row in register.FAMILIES.values():
         named |= {reference.split(".")[0] for reference in register.load_class(row).remote_code_map.values()}
     present = {path.stem for path in MODULES if floor(path.stem) in ("configuration", "modeling")}
-    modeling = {f"modeling_{name}" for name in ("base", "causal_lm", "classification", "decoder", "fp8", "shards")}
+    modeling = {f"modeling_{name}" for name in SHARED_MODELING}
     assert present - named <= modeling | {"configuration_base"}
 
 

@@ -36,6 +36,9 @@ TOL = {
     "fp8_experts": 1e-2,
 }
 
+# `modeling_*` modules that belong to no family.
+SHARED_MODELING = {"base", "causal_lm", "classification", "decoder", "fp8", "shards"}
+
 # Largest absolute difference from a golden value, by quantity: what the project promises.
 GOLDEN_ATOL = {"logits": 1e-4, "mtp_logits": 1e-4, "last_hidden_state": 1e-4, "loss": 1e-5, "router_weights": 1e-5}
 
