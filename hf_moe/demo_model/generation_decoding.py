@@ -56,7 +56,7 @@ class MTPDecoding:
         self.entry = None if entry.type == "meta" else entry
         self.processing = Processing(logits_processor, batch)
         self.do_sample = bool(generation_config.do_sample)
-        self.report, self.schedule = SpeculationReport(), self._schedule(batch)
+        self.report = SpeculationReport()
         # On the CPU, what this thread worked: it has a part in every product, and other programs do not count.
         self.clock = time.thread_time if self.device.type == "cpu" else time.perf_counter
 
@@ -74,34 +74,32 @@ class MTPDecoding:
         self.drafting = Drafting(model, self.rows, self.processing, self.do_sample, threshold, self.entry)
         self.generated = GeneratedRows(self.rows, stopping_criteria, generation_config, settings.streamer)
 
-    def _schedule(self, batch: int) -> DraftSchedule:
-        """A new schedule; or, where it learns from times, the one that earlier calls with such a batch have taught.
-
-        That one belongs to this call until it ends: calls of other threads meanwhile begin anew.
-        """
+    def _new_schedule(self) -> DraftSchedule:
         count, kind = self.settings.num_assistant_tokens, self.settings.schedule
-        self.size, self.taught = batch, {}
         if kind != "adaptive":
             return DraftSchedule(count, kind)
-        if not self.do_sample:
-            self.taught = self.model.__dict__.setdefault("_draft_schedules", {})
-        schedule = self.taught.pop((batch, count), None)
         # The estimate walks over all layers.
-        return schedule or DraftSchedule(count, kind, draft_cost_ratio(self.model), timed=not self.do_sample)
+        return DraftSchedule(count, kind, draft_cost_ratio(self.model), timed=not self.do_sample)
 
     def run(self) -> torch.LongTensor | MTPGenerateOutput:
         """Generates, and returns what plain generation would."""
+        taught, key = {}, (len(self.rows), self.settings.num_assistant_tokens)
+        if self.settings.schedule == "adaptive" and not self.do_sample:
+            # What earlier calls with such a batch have taught belongs to this call until it ends: calls of other
+            # threads meanwhile begin anew.
+            taught = self.model.__dict__.setdefault("_draft_schedules", {})
+        schedule = taught.pop(key, None) or self._new_schedule()
         try:
-            return self._run()
+            return self._run(schedule)
         finally:
-            self.taught[self.size, self.settings.num_assistant_tokens] = self.schedule
+            taught[key] = schedule
 
-    def _run(self) -> torch.LongTensor | MTPGenerateOutput:
+    def _run(self, schedule: DraftSchedule) -> torch.LongTensor | MTPGenerateOutput:
         self._take(self._logits(self._prefill()), drafted=0)
         while len(self.rows):
             started = self.clock()
             self.rows.make_room()
-            planned = self.schedule.choose(self._draft_limit())
+            planned = schedule.choose(self._draft_limit())
             # What waits since a pause, or since the prompt, makes the step that sees it a long one.
             waiting = max(self.drafting.pending_lengths)
             usual = waiting <= 2 * (self.settings.num_assistant_tokens + 1) + len(self.drafting.layers)
@@ -112,7 +110,7 @@ class MTPDecoding:
             accepted = self._take(self._logits(states), drafted, states)
             usual = usual or (not planned and waiting < _MAX_PENDING)
             seconds = self.clock() - started if usual else None
-            self.schedule.record(planned, accepted, seconds, drafted)
+            schedule.record(planned, accepted, seconds, drafted)
             self.report.record(drafted, accepted)
         return self._finish()
 

@@ -3,13 +3,12 @@
 Shapes: T tokens, K choices per token, E routed experts, G groups.
 """
 
-import contextlib
 from typing import Any
 
 import torch
 from torch import nn
 
-from .op_linear import linear
+from .op_linear import linear, without_autocast
 from .op_routing import route, weigh_experts
 
 
@@ -61,7 +60,7 @@ class TopkRouter(nn.Module):
         self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden_states = hidden_states.reshape(-1, self.hidden_size)
-        with _no_autocast(hidden_states.device.type):
+        with without_autocast(hidden_states.device.type):
             router_logits = self._project(hidden_states)
         topk_weights, topk_indices = self.route(router_logits)
         if self.training or not torch.compiler.is_compiling():  # a compiled decode step keeps no statistics
@@ -190,10 +189,3 @@ def _unless_narrowed(tensor: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
     """A tensor as it was `moved`, but with its own dtype where that was float32 and a cast would round it."""
     narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4 and tensor.dtype.itemsize >= 4
     return tensor.to(moved.device) if narrowed else moved
-
-
-def _no_autocast(device_type: str):
-    """Routes and their weights stay in float32 under mixed precision, too."""
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)

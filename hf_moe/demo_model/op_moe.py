@@ -6,7 +6,6 @@ picks per call from device, dtype and token count. The readable definition is `E
 Shapes: T tokens, K choices per token, E experts, H hidden, I intermediate, N = T * K routed rows.
 """
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from .op_experts import (
 )
 from .op_experts import experts as trained_experts
 from .op_fp8 import Fp8Format, fp8_linear
-from .op_linear import linear, linear_each
+from .op_linear import linear, linear_each, without_autocast
 
 BACKEND_NAME = "hf_moe"
 # Up to this many routed rows, gathering their weight matrices beats a loop with a host sync (dtypes without a
@@ -155,7 +154,7 @@ def _experts_one_token(
     if len(places) < len(ids):
         topk_weights = topk_weights.index_select(1, torch.tensor(places, device=topk_weights.device))
     wide = torch.promote_types(hidden_states.dtype, torch.float32)
-    with _without_autocast(rows.device.type):
+    with without_autocast(rows.device.type):
         return (topk_weights.to(wide) @ rows.to(wide)).to(hidden_states.dtype)
 
 
@@ -213,14 +212,9 @@ def _sum_rows(rows: torch.Tensor, order: torch.Tensor, topk_weights: torch.Tenso
     for start in range(0, num_tokens, step):
         some = weights[start : start + step]  # (step, 1, K)
         chosen = rows.index_select(0, places[start * top_k :][: len(some) * top_k])
-        with _without_autocast(rows.device.type):
+        with without_autocast(rows.device.type):
             output[start : start + step] = torch.bmm(some, chosen.to(wide).view(len(some), top_k, width)).squeeze(1)
     return output
-
-
-def _without_autocast(device: str):
-    """Where products are sums over choices: those are taken in float32."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def _pieces_of_experts(experts: list[int], sizes: list[int], batched: bool) -> Iterator[tuple[slice, bool]]:
