@@ -11,13 +11,16 @@ import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
+from .layer_dense import unless_narrowed
+
 
 class RotaryEmbedding(nn.Module):
     """Cosines and sines of the rotary angles.
 
     `forward(hidden_states, position_ids)` takes `position_ids` (batch, seq) and returns `(cos, sin)`, each
-    (batch, seq, rotary_dim / 2) in the dtype of `hidden_states`. Angles are computed in float32. YaRN's attention
-    factor, g(mscale) / g(mscale_all_dim), is in both.
+    (batch, seq, rotary_dim / 2) in the dtype of `hidden_states`. Angles are computed in float32, and frequencies stay
+    in it through `.to(bfloat16)`, `.half()` and their like. YaRN's attention factor, g(mscale) / g(mscale_all_dim), is
+    in both.
     """
 
     def __init__(self, config):
@@ -43,6 +46,10 @@ class RotaryEmbedding(nn.Module):
         rotary_dim = config.head_dim  # what Transformers' own functions read; MLA's configurations mean its rotary part
         exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float, device=device)
         return config.rope_parameters["rope_theta"] ** (-exponents / rotary_dim), 1.0
+
+    def _apply(self, fn, recurse=True):
+        # Rounded to bfloat16 they would turn position 1,000 by up to three radians too much or too little.
+        return super()._apply(lambda tensor: unless_narrowed(tensor, fn(tensor)), recurse)
 
     @torch.no_grad()
     @dynamic_rope_update  # recomputes the frequencies of "dynamic" when a longer sequence arrives

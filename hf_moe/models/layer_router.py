@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .layer_dense import unless_narrowed
 from .op_linear import linear, without_autocast
 from .op_routing import route, weigh_experts
 
@@ -93,7 +94,7 @@ class TopkRouter(nn.Module):
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
         if bias is not None:
-            self.e_score_correction_bias = _unless_narrowed(bias, self.e_score_correction_bias)
+            self.e_score_correction_bias = unless_narrowed(bias, self.e_score_correction_bias)
         return self
 
     def _weighing(self) -> dict[str, Any]:
@@ -182,10 +183,4 @@ class ZeroExpertRouter(TopkRouter):
         return {"sigmoid": False, "normalise": self.norm_topk_prob, "factor": self.routed_scaling_factor}
 
     def _apply(self, fn, recurse=True):
-        return super()._apply(lambda tensor: _unless_narrowed(tensor, fn(tensor)), recurse)
-
-
-def _unless_narrowed(tensor: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
-    """A tensor as it was `moved`, but with its own dtype where that was float32 and a cast would round it."""
-    narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4 and tensor.dtype.itemsize >= 4
-    return tensor.to(moved.device) if narrowed else moved
+        return super()._apply(lambda tensor: unless_narrowed(tensor, fn(tensor)), recurse)

@@ -106,17 +106,19 @@ def test_unequal_mscale_scales_cos_and_sin(given, numerator, denominator):
     assert_close("radius", (cos**2 + sin**2).sqrt(), torch.full((1, 1, 32), expected), "float32")
 
 
-def test_low_precision_model_has_float32_angles():
-    """bfloat16 cannot hold position 4097; the angles are computed in float32 and only the tables are rounded."""
-    config = tiny_config()
-    embedding = RotaryEmbedding(config)
-    positions = torch.tensor([[4097]])
-    exact = embedding(torch.zeros(1, 1, 1), positions)
-    rounded = embedding.to(torch.bfloat16)(torch.zeros(1, 1, 1, dtype=torch.bfloat16), positions)
-    embedding = RotaryEmbedding(config)
-    for table, expected in zip(embedding(torch.zeros(1, 1, 1, dtype=torch.bfloat16), positions), exact):
-        assert table.dtype == torch.bfloat16 and torch.equal(table, expected.to(torch.bfloat16))
-    assert rounded[0].dtype == torch.bfloat16
+@pytest.mark.parametrize("rope", [None, V3], ids=["plain", "v3"])
+@pytest.mark.parametrize("cast", [lambda module: module.to(torch.bfloat16), torch.nn.Module.half])
+def test_low_precision_model_has_float32_angles(rope, cast):
+    """bfloat16 holds neither position 4097 nor the frequencies: angles are in float32, and only the tables are rounded,
+    whether the model was made in that dtype or cast to it."""
+    config = DeepseekV3Config(rope_theta=10000.0, rope_scaling=rope)
+    positions = torch.tensor([[3, 1000, 4097]])
+    exact = RotaryEmbedding(config)(torch.zeros(1, 1, 1), positions)
+    for embedding in (RotaryEmbedding(config), cast(torch.nn.Sequential(RotaryEmbedding(config)))[0]):
+        for dtype in (torch.bfloat16, torch.float16):
+            tables = embedding(torch.zeros(1, 1, 1, dtype=dtype), positions)
+            for table, expected in zip(tables, exact):
+                assert table.dtype == dtype and torch.equal(table, expected.to(dtype))
 
 
 @pytest.mark.parametrize("heads", [1, 3])
