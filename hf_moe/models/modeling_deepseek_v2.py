@@ -19,14 +19,12 @@ class DeepseekV2Model(DeepseekV3Model):
     """The decoder without a head."""
 
     config_class = DeepseekV2Config
-    _keep_in_fp32_modules_strict = None  # the V2 router has no correction bias
 
 
 class DeepseekV2ForCausalLM(DeepseekV3ForCausalLM, GenerationMixin):
     """The decoder with a language model head."""
 
     config_class = DeepseekV2Config
-    _keep_in_fp32_modules_strict = None  # the V2 router has no correction bias
     model_class = DeepseekV2Model
 
 
@@ -34,7 +32,6 @@ class DeepseekV2ForSequenceClassification(DeepseekV3ForSequenceClassification):
     """The decoder with a linear score on each sequence's last token."""
 
     config_class = DeepseekV2Config
-    _keep_in_fp32_modules_strict = None  # the V2 router has no correction bias
     model_class = DeepseekV2Model
 
 
@@ -42,7 +39,6 @@ class DeepseekV2ForTokenClassification(DeepseekV3ForTokenClassification):
     """The decoder with a linear score on every token."""
 
     config_class = DeepseekV2Config
-    _keep_in_fp32_modules_strict = None  # the V2 router has no correction bias
     model_class = DeepseekV2Model
 
 

@@ -97,7 +97,6 @@ class Step3TextPreTrainedModel(MoePreTrainedModel):
     experts_key = "moe_num_experts"
     input_modalities = ("text",)
     _no_split_modules = ["Step3TextDecoderLayer"]
-    _keep_in_fp32_modules_strict = None  # the router has no correction bias
     _keys_to_ignore_on_load_unexpected = [rf"^(model\.)?{prefix}\." for prefix in VISION_PREFIXES]
     _can_record_outputs = {
         "hidden_states": Step3TextDecoderLayer,

@@ -208,7 +208,6 @@ class Step3VLPreTrainedModel(MoePreTrainedModel):
     experts_key = "moe_num_experts"
     input_modalities = ("image", "text")
     _no_split_modules = ["Step3TextDecoderLayer", "Step3VisionLayer", "Step3VisionEmbeddings"]
-    _keep_in_fp32_modules_strict = None
 
     def checkpoint_stem(self, name: str) -> str:
         return name.removeprefix("model.").removeprefix("language_model.")

@@ -118,15 +118,18 @@ def test_default_dtype_is_that_of_the_file():
     assert AutoModelForCausalLM.from_pretrained(golden("v2_lite_greedy")).dtype == torch.float32
 
 
+@pytest.mark.parametrize("case", ["v3_basic", "v2_group_limited"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_correction_bias_stays_float32(dtype, tmp_path):
-    def to_bfloat16(tensors):
-        name = "model.layers.1.mlp.gate.e_score_correction_bias"
-        tensors[name] = tensors[name].bfloat16()  # as some re-exports store it
+def test_correction_bias_stays_float32(dtype, case, tmp_path):
+    def edit(tensors):
+        for name in [name for name in tensors if name.endswith("mlp.gate.weight")]:
+            bias = name.replace("weight", "e_score_correction_bias")
+            tensors.setdefault(bias, torch.randn(len(tensors[name])))  # V2's configuration may ask for one
+        tensors[bias] = tensors[bias].bfloat16()  # as some re-exports store it
 
-    model = load(edited_golden(tmp_path, "v3_basic", to_bfloat16), dtype=dtype)
+    model = load(edited_golden(tmp_path, case, edit, topk_method="noaux_tc"), dtype=dtype)
     biases = {name: tensor for name, tensor in model.named_buffers() if name.endswith("e_score_correction_bias")}
-    assert len(biases) == 4
+    assert len(biases) == {"v3_basic": 4, "v2_group_limited": 3}[case]
     assert {tensor.dtype for tensor in biases.values()} == {torch.float32}
     stored = read_tensors(tmp_path)
     for name, tensor in biases.items():
