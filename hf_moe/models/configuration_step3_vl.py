@@ -67,6 +67,7 @@ class Step3VLConfig(UpstreamConfig):
     remote_code_map = {
         "AutoConfig": "configuration_step3_vl.Step3VLConfig",
         "AutoModel": "modeling_step3_vl.Step3VLModel",
+        "AutoModelForMultimodalLM": "modeling_step3_vl.Step3VLForConditionalGeneration",
         "AutoModelForImageTextToText": "modeling_step3_vl.Step3VLForConditionalGeneration",
         # The text model alone, which leaves the vision tensors in the file.
         "AutoModelForCausalLM": "modeling_step3_vl.Step3VLForCausalLM",

@@ -29,6 +29,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
     GenerationConfig,
     pipeline,
@@ -235,6 +236,12 @@ def test_absent_keys_and_parts():
     assert config.vision_config.intermediate_size == 15360 and config.text_config.num_hidden_layers == 61
     assert vl_model(projector_bias=True).model.vit_large_projector.bias is not None
     assert vl_model(projector_bias=False).model.vit_large_projector.bias is None
+
+
+def test_the_class_of_multimodal_models_is_the_same():
+    """What Transformers' pipeline of any modality and its server ask for."""
+    model = AutoModelForMultimodalLM.from_pretrained(golden("step3_vl"))
+    assert type(model) is Step3VLForConditionalGeneration and type(model)._auto_class == "AutoModelForImageTextToText"
 
 
 def test_key_mapping_of_the_model_card():
