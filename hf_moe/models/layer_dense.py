@@ -44,8 +44,11 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., hidden) to (..., hidden); without gradients, a long prompt some tokens at a time."""
-        tokens, step = hidden_states.numel() // hidden_states.shape[-1], self._tokens_at_a_time(hidden_states.device)
-        if tokens <= step or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        tokens = hidden_states.numel() // hidden_states.shape[-1]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or tokens <= _MIN_TOKENS:
+            return self._multiply(hidden_states)
+        step = self._tokens_at_a_time(hidden_states.device)
+        if tokens <= step:
             return self._multiply(hidden_states)
         output, pieces = None, hidden_states.reshape(tokens, -1).split(step)
         for index, piece in enumerate(pieces):

@@ -67,7 +67,7 @@ def rotate_interleaved(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
         states: (batch, seq, heads, rotary_dim).
         cos, sin: (batch, seq, rotary_dim / 2), as `RotaryEmbedding` returns them.
     """
-    even, odd = states.unflatten(-1, (-1, 2)).unbind(-1)  # each (batch, seq, heads, rotary_dim / 2)
+    even, odd = states.view(*states.shape[:-1], -1, 2).unbind(-1)  # each (batch, seq, heads, rotary_dim / 2)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from testing import assert_close
 
+from hf_moe.models import op_linear
 from hf_moe.models.layer_linear import Linear
 from hf_moe.models.op_linear import linear, linear_each
 
@@ -11,6 +12,14 @@ DTYPES = [pytest.param(getattr(torch, name), id=name) for name in ("float32", "b
 SHAPES = [(1,), (1, 1), (2,), (3,), (2, 1), (4,), (5,), (4, 8), (33,), (5, 13), (0,)]
 
 
+@pytest.fixture(params=["by_form", "by_size"])
+def small(request, monkeypatch):
+    """Small float32 weights multiplied by the special forms, too, and as they are by default."""
+    if request.param == "by_form":
+        monkeypatch.setattr(op_linear, "_SMALL_FLOAT32", 0)
+
+
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
 @pytest.mark.parametrize("out_features", [8, 7, 1])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -26,6 +35,7 @@ def test_values(dtype, shape, out_features, bias, poisoned):
     assert_close("output", result, expected, str(dtype).removeprefix("torch."))
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 9])
 def test_strided_operands(rows, dtype):
@@ -37,6 +47,7 @@ def test_strided_operands(rows, dtype):
         assert_close("output", result, wide.double() @ weight.double().t(), str(dtype).removeprefix("torch."))
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("sizes", [[1], [1, 1, 1], [3, 1, 40, 2, 1]], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_matrix_takes_its_own_rows(dtype, sizes, poisoned):
