@@ -423,6 +423,10 @@ def test_moves_copies_and_pickles(kept, tmp_path):
     assert kept.to("cpu") is kept
     moved = copy.deepcopy(kept).to("meta")
     assert moved.model.layers[0].mlp.up_proj.weight.dtype == FP8 and moved.lm_head.weight.device.type == "meta"
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context:  # shapes without memory, as plain models give them
+            logits = moved(torch.zeros(2, 5, dtype=torch.long, device="meta")).logits
+        assert logits.device.type == "meta" and logits.shape == (2, 5, kept.config.vocab_size)
     torch.save(kept, tmp_path / "model.pt")
     again = torch.load(tmp_path / "model.pt", weights_only=False)
     assert_same_tensors(again.state_dict(), kept.state_dict())
