@@ -73,15 +73,38 @@ def test_random_operations(seed, poisoned):
 
 
 @torch.no_grad()
-def test_updating_a_copy_leaves_the_original():
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_updating_a_copy_leaves_the_original(copied):
     growing = GrowingLayer()
     growing.update(*states(1, 5))
-    before = growing.keys.clone()
-    branch = copy.deepcopy(growing)
-    branch.update(*states(1, 1))
-    assert torch.equal(growing.keys, before) and branch.get_seq_length() == 6
-    growing.update(*states(1, 1))
-    assert not torch.equal(growing.keys[..., -1, :], branch.keys[..., -1, :])
+    branch, before = copied(growing), growing.keys.clone()
+    for layer in (branch, growing):
+        new = states(1, 2)
+        layer.update(*new)
+        assert torch.equal(layer.keys, torch.cat((before, new[0]), dim=2)) and layer.get_seq_length() == 7
+    assert torch.equal(branch.keys[:, :, :5], before) and not torch.equal(branch.keys, growing.keys)
+    branch.crop(-3)
+    assert branch._buffers is not None, "nobody else holds them: the slots are written again"
+    other = copied(growing)
+    kept = other.keys.clone()
+    growing.crop(-6)
+    growing.update(*states(1, 4))
+    assert torch.equal(other.keys, kept)
+
+
+@torch.no_grad()
+def test_a_snapshot_outlives_a_crop():
+    """Tensors that a user took out of a cache, to come back to them, keep what they held, as with a dynamic cache."""
+    model = tiny_model()
+    cache = model(random_ids(2, 20), use_cache=True).past_key_values
+    snapshot = [(layer.keys, layer.values) for layer in cache.layers]
+    held = copy.deepcopy(snapshot)
+    cache.crop(-8)
+    continued = model(random_ids(2, 6, seed=5), past_key_values=cache).logits
+    prompt = torch.cat((random_ids(2, 20)[:, :12], random_ids(2, 6, seed=5)), dim=1)
+    assert_close("after the crop", continued, model(prompt).logits[:, 12:], "float32")
+    for pair, expected in zip(snapshot, held):
+        assert all(torch.equal(now, then) for now, then in zip(pair, expected))
 
 
 @torch.no_grad()
