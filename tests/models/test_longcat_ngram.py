@@ -15,6 +15,7 @@ from transformers import (
     GenerationConfig,
     StaticCache,
 )
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_moe.models.configuration_longcat import LongcatConfig
 from hf_moe.models.configuration_longcat_next import LongcatNextConfig
@@ -416,3 +417,12 @@ def test_next_text_trunk(tmp_path):
             assert torch.equal(embeds[0, 5], model.model.embed_tokens.weight[350])
             rest = model.model._embed(ids[:, 6:], None, None, None, None)
             assert_close("behind it", embeds[:, 6:], rest, "float32")
+        # The head scores no other modality's ids: they are no labels.
+        with pytest.raises(IndexError, match="325 entries"):
+            model(mixed, labels=mixed)
+        labels = mixed.where(mixed < 325, -100)
+        output = model(mixed, labels=labels)
+        expected = torch.nn.functional.cross_entropy(output.logits[0, :-1], labels[0, 1:])
+        assert_close("loss", output.loss, expected, "float32")
+        model.loss_function = lambda *args, **kwargs: ForCausalLMLoss(*args, **kwargs)
+        assert_close("loss of a function", model(mixed, labels=labels).loss, expected, "float32")
