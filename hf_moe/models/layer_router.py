@@ -41,7 +41,7 @@ class TopkRouter(nn.Module):
         if self.topk_method == "noaux_tc":
             # A buffer: moved by the balance rule, never by a gradient. Float32 through casts,
             # too, since rounding reorders routes.
-            self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts))
+            self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
         else:
             self.e_score_correction_bias = None
         self._last_topk_indices: torch.Tensor | None = None

@@ -389,8 +389,11 @@ def test_bfloat16_keeps_the_correction_bias_in_float32(tmp_path):
     gate = loaded.model.layers[1].mlp.gate
     assert gate.weight.dtype == torch.bfloat16
     assert gate.e_score_correction_bias.dtype == torch.float32 and torch.equal(gate.e_score_correction_bias, exact)
-    built = AutoModelForCausalLM.from_config(tiny_config(), dtype=torch.bfloat16)
-    assert built.lm_head.weight.dtype == torch.bfloat16
+    for family in ("deepseek_v3", "kimi_k2", "longcat_flash"):
+        built = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.bfloat16)
+        assert built.lm_head.weight.dtype == torch.bfloat16
+        biases = [tensor for name, tensor in built.named_buffers() if name.endswith("e_score_correction_bias")]
+        assert biases and {tensor.dtype for tensor in biases} == {torch.float32}
     loaded.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
     assert torch.equal(again.model.layers[1].mlp.gate.e_score_correction_bias, exact)
