@@ -12,6 +12,9 @@ from .layer_dense import unless_narrowed
 from .op_linear import linear, without_autocast
 from .op_routing import route, weigh_experts
 
+# Choices of more tokens than these are kept in fewer bytes.
+_MANY_TOKENS = 4096
+
 
 class TopkRouter(nn.Module):
     """Top-k router of DeepSeek-V2 (softmax) and DeepSeek-V3 / Kimi-K2 (sigmoid with a correction bias).
@@ -65,9 +68,14 @@ class TopkRouter(nn.Module):
             router_logits = self._project(hidden_states)
         topk_weights, topk_indices = self.route(router_logits)
         if self.training or not torch.compiler.is_compiling():  # a compiled decode step keeps no statistics
-            self._last_topk_indices = topk_indices.detach()
+            self._last_topk_indices = self._compact(topk_indices.detach())
             self._last_token_mask = token_mask
         return router_logits, topk_weights, topk_indices
+
+    def _compact(self, topk_indices: torch.Tensor) -> torch.Tensor:
+        """A long prompt's choices as int16: every layer keeps its own until the next pass."""
+        many = topk_indices.shape[0] > _MANY_TOKENS and not self.training
+        return topk_indices.to(torch.int16) if many and self.num_experts < 1 << 15 else topk_indices
 
     def route(self, router_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(T, E) logits to weights (T, K) and expert ids (T, K). The bias picks experts, it never weighs them."""

@@ -216,3 +216,14 @@ def test_statistics_are_of_the_last_pass():
     assert router.tokens_per_expert.sum() == 2 * router.top_k
     router(torch.randn(0, router.hidden_size))
     assert router.tokens_per_expert.sum() == 0
+
+
+def test_statistics_of_a_long_prompt_take_two_bytes_a_choice():
+    router = make_router(CASES[0].values[0]).eval()
+    mask = torch.arange(5000) % 3 > 0
+    _, _, indices = router(torch.randn(5000, router.hidden_size), mask)
+    kept = [
+        tensor for tensor in vars(router).values() if isinstance(tensor, torch.Tensor) and tensor.shape == indices.shape
+    ]
+    assert [tensor.dtype for tensor in kept] == [torch.int16]
+    assert router.tokens_per_expert.tolist() == [(indices[mask] == e).sum() for e in range(router.num_experts)]
