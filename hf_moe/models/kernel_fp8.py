@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from .kernel_experts import as_bytes, load_scale, product, tile_of, weight_kind, weight_options, widen
+from .kernel_products import as_bytes, load_scale, product, tile_of, weight_kind, weight_options, widen
 from .kernel_tiles import FP8_BITS, SCALE_BLOCK, Tile, chosen, product_tile
 from .triton_compat import (
     INTERPRETING,
