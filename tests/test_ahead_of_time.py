@@ -72,7 +72,7 @@ def test_persistent_programs_share_a_multiprocessor_as_planned(compiled):
     """Shared memory and registers for all programs of a persistent launch; `aot.py` says 132 multiprocessors."""
     seen = 0
     for launch in products(compiled):
-        if launch["constants"].get("GROUP_M") == 8:
+        if launch["constants"].get("GROUP_M", 0) > 0:
             programs = -(-launch["grid"][0] // 132)
             seen += programs > 1
             assert programs * (launch["shared"] + 1024) <= SHARED_MEMORY[launch["capability"]] + 1024, describe(launch)

@@ -142,6 +142,15 @@ def test_activations_far_from_zero_are_finite(impl):
         compare(case, impl, activation=activation)
 
 
+@pytest.mark.parametrize("impl", ["cpu", pytest.param("triton", marks=interpreted)])
+@pytest.mark.parametrize("activation", FUSED)
+def test_what_is_no_number_goes_through_the_gate(activation, impl):
+    case = make_case(Shape(3, 2, 1), 24, 16)
+    case.hidden_states[1, 0] = float("nan")
+    output = experts(*case.arguments(), activation=activation, impl=impl)
+    assert output[1].isnan().all() and output[[0, 2]].isfinite().all()
+
+
 def test_what_the_kernels_do_not_know_is_an_error():
     case = make_case(Shape(3, 2, 1), 24, 16)
     with pytest.raises(ValueError, match="no activation 'swiglu'"):

@@ -190,6 +190,21 @@ def test_quantize_block_kernel_is_the_definition_bit_for_bit(shape, ue8m0, poiso
 
 
 @kernels
+@pytest.mark.parametrize("ue8m0", [False, True])
+@pytest.mark.parametrize("kind", ["rows", "block_fp8"])
+def test_what_is_no_finite_number_stays_so(kind, ue8m0):
+    """A limit of FP8 in its place would hide from everything behind a layer that it overflowed."""
+    values = random(3, 300)
+    values[0, 3], values[1, 140], values[2, 299] = float("nan"), float("inf"), 1e30
+    outputs, scales = getattr(kernel_fp8, f"quantize_{kind}")(values, ue8m0)
+    wanted, wanted_scales = getattr(op_quant, f"quantize_{kind}")(values, ue8m0=ue8m0)
+    assert torch.equal(scales.nan_to_num(-1.0), wanted_scales.nan_to_num(-1.0))
+    outputs, wanted = outputs.float(), wanted.float()
+    assert wanted[0, 3].isnan() and wanted[1, 140].isnan() and torch.equal(outputs.isnan(), wanted.isnan())
+    assert torch.equal(outputs.nan_to_num(0.0), wanted.nan_to_num(0.0))
+
+
+@kernels
 def test_rounding_to_fp8_is_that_of_pytorch_on_every_neighbourhood():
     """Every value of FP8, every midpoint, and their float32 neighbours."""
     codes = torch.arange(127, dtype=torch.uint8).view(FP8).float()
