@@ -29,3 +29,24 @@ def poisoned():
 
     with poison():
         yield
+
+
+def _device_is_lost() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """After an error of the GPU itself, such as an address that is none, every later test of the process would fail:
+    it says what happened and ends, and pytest-xdist starts another one for the tests that are left."""
+    report = yield
+    if report.failed and torch.cuda.is_available() and item.get_closest_marker("gpu") and _device_is_lost():
+        os.write(2, f"{item.nodeid} lost the device:\n{report.longreprtext}\n".encode())
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            pytest.exit(f"{item.nodeid} lost the device", returncode=1)
+        os._exit(1)
+    return report

@@ -12,6 +12,7 @@ that do not fit into memory are halved in number, which the row says.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -23,9 +24,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
-from common import save  # noqa: E402
 from occupancy import padded_rows  # noqa: E402
-from timing import attempt, copy_bandwidth, seconds_per_call  # noqa: E402
+from timing import LOST, Rows, add_resume, attempt, copy_bandwidth, seconds_per_call  # noqa: E402
 from torch.autograd import DeviceType  # noqa: E402
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 
@@ -54,6 +54,8 @@ DRY_TOKENS = (1, 3, 20)
 MAX_BATCHED_ROWS = 64
 # Calls that warm up, and calls that are timed; in a dry run, fewer.
 WARM_UP, COUNT, DRY_COUNT = 2, 7, 1
+# Experts, hidden, intermediate, choices, rank, tokens: those of PEFT's own figure.
+LORA_SIZES = (128, 2048, 768, 8, 16, 4096)
 # Layers of few tokens are timed in a row, each with a routing of its own: no cache holds the weights from call to call.
 ROUTINGS = 8
 
@@ -203,7 +205,6 @@ class Case:
             "share of dense bf16": rate / peak["dense bf16 FLOP/s"],
             "share of both": least / (graph_ms * 1e-3),
             "padded rows": padded_rows(ids.cpu(), num_experts, block_m),
-            "kernel us": attempt(lambda: kernel_us(call)),
         }
 
     def native_calls(self) -> dict:
@@ -214,17 +215,31 @@ class Case:
         return {name: lambda name=name: ALL_EXPERTS_FUNCTIONS[name](layer, *self.arguments[:3]) for name in backends}
 
 
-def layer_rows(name: str, sizes: tuple, token_counts: tuple, fp8: bool, peak: dict, deadline: float):
-    """Yields the rows of one layer."""
+def layer_rows(name: str, sizes: tuple, token_counts: tuple, fp8: bool, peak: dict, deadline: float, done: Rows):
+    """Yields the rows of one layer; then, once more, those that the profiler had a look at."""
     num_experts = fitting_experts(*sizes[:3], 1 if fp8 else 2)
-    weights = make_weights(num_experts, *sizes[1:3], fp8)
+    weights, rows = make_weights(num_experts, *sizes[1:3], fp8), []
     for tokens in token_counts:
         case = Case((num_experts, *sizes[1:]), tokens, weights)
         for kind, quantize in case.kinds().items():
             if time.monotonic() > deadline:
-                return
+                break
+            if done.has(name, kind, tokens):
+                continue
             row = {"model": name, "experts": num_experts, "kind": kind, "tokens": tokens}
-            yield row | attempt(lambda case=case, quantize=quantize: case.measure(quantize, peak))
+            row |= attempt(lambda case=case, quantize=quantize: case.measure(quantize, peak))
+            yield row
+            if "failed" not in row:
+                rows.append((row, quantize))
+    for row, quantize in rows:
+        if time.monotonic() > deadline:
+            return
+        case = Case((num_experts, *sizes[1:]), row["tokens"], weights)
+        seen = attempt(lambda case=case, quantize=quantize: kernel_us(lambda: case.call(quantize)))
+        if seen.pop(LOST, False):
+            row[LOST] = True
+        row["kernel us"] = seen
+        yield row
 
 
 def warm(models: dict, token_counts: tuple) -> bool:
@@ -246,8 +261,8 @@ def warm(models: dict, token_counts: tuple) -> bool:
     return failed
 
 
-def lora_rows(sizes: tuple = (128, 2048, 768, 8, 16, 4096)) -> list[dict]:
-    """Forward and backward of LoRA experts: 128 experts of 2048 x 768, 8 choices, rank 16, 4,096 tokens."""
+def lora_rows(sizes: tuple) -> list[dict]:
+    """Forward and backward of LoRA experts."""
     num_experts, hidden, inter, top_k, rank, tokens = sizes
     gate_up, down, *_ = make_weights(num_experts, hidden, inter, False)
     sizes = [(rank, hidden), (2 * inter, rank), (rank, inter), (hidden, rank)]
@@ -299,6 +314,7 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true", help="LoRA experts, too, against a fold")
     parser.add_argument("--warm", action="store_true", help="only compile")
     parser.add_argument("--dry", action="store_true", help="tiny sizes")
+    add_resume(parser)
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
     torch.manual_seed(0)
@@ -306,27 +322,28 @@ def main() -> None:
     models = {name: table[name] for name in args.models if name in table}
     if args.warm:
         sys.exit(warm(models, token_counts))
+    rows = Rows("expert_kernels", ("model", "kind", "tokens"), args)
     peak = {
         "copy bytes/s": copy_bandwidth("cuda", 16 if args.dry else 1024),
         "dense bf16 FLOP/s": dense_rate(256 if args.dry else 8192),
     }
     print(json.dumps(peak), flush=True)
-    rows = []
 
     def keep(row: dict) -> None:
-        rows.append(row)
         print(json.dumps(row), flush=True)
-        save("expert_kernels", rows, "cuda", args.out, **peak)
+        rows.keep(row, **peak)
 
-    if args.lora:
-        for row in lora_rows(*[(4, 64, 32, 2, 4, 40)] if args.dry else ()):
+    lora_sizes = (4, 64, 32, 2, 4, 40) if args.dry else LORA_SIZES
+    if args.lora and not rows.has("lora", "fold", lora_sizes[-1]):
+        for row in lora_rows(lora_sizes):
             keep(row)
     for name, sizes in models.items():
         for fp8 in (True, False):
             now = time.monotonic()
             until = now + 0.6 * (deadline - now) if fp8 else deadline  # some is left for bfloat16
-            for row in layer_rows(name, sizes, token_counts, fp8, peak, until):
+            for row in layer_rows(name, sizes, token_counts, fp8, peak, until, rows):
                 keep(row)
+            gc.collect()
             torch.cuda.empty_cache()
 
 

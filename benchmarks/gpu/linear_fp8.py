@@ -18,8 +18,8 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from common import report, save  # noqa: E402
-from timing import attempt, copies_beyond_cache, copy_bandwidth, seconds_of_each  # noqa: E402
+from common import report  # noqa: E402
+from timing import Rows, add_resume, attempt, copies_beyond_cache, copy_bandwidth, seconds_of_each  # noqa: E402
 
 from hf_moe.models import kernel_fp8, op_quant  # noqa: E402
 
@@ -86,9 +86,10 @@ def main() -> None:
         "--megabytes", type=int, default=1024, help="size of the copy that bandwidths are compared with"
     )
     parser.add_argument("--warm", action="store_true", help="only compile")
+    add_resume(parser)
     args = parser.parse_args()
     bandwidth = 0.0 if args.warm else copy_bandwidth(args.device, args.megabytes)
-    table, failed = [], False
+    table, failed = Rows("linear_fp8", ("layer", "rows"), args, args.device), False
     for name in args.layers:
         sizes = LAYERS.get(name) or tuple(map(int, name.split("x")))
         for rows in args.rows:
@@ -97,12 +98,13 @@ def main() -> None:
                 failed |= "failed" in forms
                 print(name, rows, forms.get("failed", "compiled"))
                 continue
+            if table.has(name, rows):
+                continue
             row = {"layer": name, "rows": rows, "copy GB/s": bandwidth / 1e9}
             row |= attempt(lambda sizes=sizes, rows=rows: measure(rows, sizes, args.device, bandwidth))
-            table.append(row)
-            save("linear_fp8", table, args.device, args.out)
-    if table:
-        report("linear_fp8", table, args.device, args.out)
+            table.keep(row)
+    if table.rows:
+        report("linear_fp8", table.rows, args.device, args.out)
     sys.exit(failed)
 
 

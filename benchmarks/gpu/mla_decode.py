@@ -21,8 +21,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from common import report, save, time_interleaved  # noqa: E402
-from timing import attempt, copies_beyond_cache, copy_bandwidth, seconds_of_each  # noqa: E402
+from common import report, time_interleaved  # noqa: E402
+from timing import Rows, add_resume, attempt, copies_beyond_cache, copy_bandwidth, seconds_of_each  # noqa: E402
 
 from hf_moe.models.configuration_deepseek_v3 import DeepseekV3Config  # noqa: E402
 from hf_moe.models.kernel_mla import mla_decode  # noqa: E402
@@ -120,26 +120,30 @@ def main() -> None:
         "--megabytes", type=int, default=1024, help="size of the copy that bandwidths are compared with"
     )
     parser.add_argument("--warm", action="store_true", help="only compile")
+    add_resume(parser)
     args = parser.parse_args()
     bandwidth = 0.0 if args.warm else copy_bandwidth(args.device, args.megabytes)
-    rows = []
+    rows, failed = Rows("mla_kernel", ("batch", "context"), args, args.device), False
     for batch in args.batches:
         for context in args.contexts:
+            if rows.has(batch, context):
+                continue
             case = batch, context, args.heads, args.device, bandwidth
-            rows.append({"batch": batch, "context": context} | attempt(lambda case=case: kernel_row(*case)))
-            print(rows[-1], flush=True)
+            row = {"batch": batch, "context": context} | attempt(lambda case=case: kernel_row(*case))
+            print(row, flush=True)
+            failed |= "failed" in row
             if not args.warm:
-                save("mla_kernel", rows, args.device, args.out)
+                rows.keep(row)
     if args.warm:
-        sys.exit(any("failed" in row for row in rows))
+        sys.exit(failed)
     heads = {"num_attention_heads": args.heads, "num_key_value_heads": args.heads}
     sizes = {"hidden_size": args.hidden, "num_hidden_layers": 1, "n_group": 1, "topk_group": 1, **heads}
-    rows = []
-    for context in args.contexts:
-        row = attempt(lambda context=context: layer_row(context, args.device, sizes, args.repeats))
-        rows.append({"context": context} | row)
-        save("mla_layer", rows, args.device, args.out)
-    report("mla_layer", rows, args.device, args.out)
+    rows = Rows("mla_layer", ("context",), args, args.device)
+    for context in reversed(args.contexts):  # the longest counts most
+        if not rows.has(context):
+            row = attempt(lambda context=context: layer_row(context, args.device, sizes, args.repeats))
+            rows.keep({"context": context} | row)
+    report("mla_layer", rows.rows, args.device, args.out)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from common import report, save  # noqa: E402
-from timing import attempt, seconds_of_each  # noqa: E402
+from common import report  # noqa: E402
+from timing import Rows, add_resume, attempt, seconds_of_each  # noqa: E402
 
 from hf_moe.models.op_prefill import CausalMask, latent_prefill  # noqa: E402
 
@@ -86,17 +86,20 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--warm", action="store_true", help="only compile")
+    add_resume(parser)
     args = parser.parse_args()
-    rows = []
+    rows = Rows("mla_prefill", ("queries", "context"), args, args.device)
     for case in args.cases:
         queries, context = map(int, case.split(":"))
-        rows.append({"queries": queries, "context": context})
-        rows[-1] |= attempt(lambda sizes=(queries, context): row(*sizes, args.heads, args.device, args.warm))
-        print(rows[-1], flush=True)
+        if rows.has(queries, context):
+            continue
+        result = {"queries": queries, "context": context}
+        result |= attempt(lambda sizes=(queries, context): row(*sizes, args.heads, args.device, args.warm))
+        print(result, flush=True)
         if not args.warm:
-            save("mla_prefill", rows, args.device, args.out)
+            rows.keep(result)
     if not args.warm:
-        report("mla_prefill", rows, args.device, args.out)
+        report("mla_prefill", rows.rows, args.device, args.out)
 
 
 if __name__ == "__main__":

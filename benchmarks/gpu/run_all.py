@@ -2,10 +2,11 @@
 
     python benchmarks/gpu/run_all.py --out results_folder
 
-Each part is a process of its own with a time of its own, so that none can take another with it. While the tests run,
-other processes compile what the benchmarks will launch. `results.json` holds what there is after every part: how it
-ended, the rows that benchmarks had written by then, and how far they reach each target; `log.txt` holds all output.
-Exits with 1 if a part failed; a target that is missed is printed, and fails nothing.
+Each part is a process of its own with a time of its own, so that none can take another with it; the most important come
+first, and leave all others the least that these need. While the tests run, other processes compile what the benchmarks
+will launch. `results.json` holds what there is after every part: how it ended, the rows that benchmarks had written by
+then, the tests' outcomes, and how far each target was reached; `log.txt` holds all output. Exits with 1 if a part
+failed; a target that is missed is printed, and fails nothing.
 
 `--dry` tries the queue itself without a GPU, at tiny sizes, in Triton's interpreter on a CPU that says it is one.
 """
@@ -15,11 +16,13 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from targets import judge  # noqa: E402
 
-TESTS = ["tests/gpu", "tests/ops"]  # every test that is marked `gpu` is in one of them
+# Every test that is marked `gpu` is in one of them. What only a GPU can show of the kernels comes first.
+TESTS = ["tests/gpu/test_cuda_experts.py", "tests/gpu/test_cuda_dense.py", "tests/ops", "tests/gpu/test_cuda.py"]
+# Lines of a verbose run of pytest, of one process and of several.
+ONE_PROCESS = re.compile(r"^(?P<name>\S+?::.*) (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)(?: \(.*\))? +\[ *\d+%\]$")
+SEVERAL = re.compile(r"^\[gw\d+\] \[ *\d+%\] (?P<outcome>PASSED|FAILED|ERROR|SKIPPED) (?P<name>\S+?::.*)$")
 LIMIT_SECONDS = 8.75 * 60
 WARM_SECONDS = 20  # that may pass after the tests until everything is compiled
 INTERRUPT_SECONDS = 5  # that a part has to end after it was interrupted
@@ -36,14 +43,16 @@ INTERRUPT_SECONDS = 5  # that a part has to end after it was interrupted
 
 class Part(NamedTuple):
     name: str
+    least: float  # seconds that parts before it leave
     seconds: float  # at most
     command: list[str]
     dry: list[str]  # what replaces the options of `command` for a dry run
+    ends_itself: bool = False  # within `--seconds`, give or take a case
 
 
-def experts_part(model: str, seconds: float, *options: str) -> Part:
+def experts_part(model: str, least: float, seconds: float, *options: str) -> Part:
     script = ["benchmarks/gpu/expert_kernels.py", "--models", model, *options]
-    return Part(f"experts_{model}", seconds, [*script, "--seconds", str(seconds - 20)], ["--dry", *script[1:]])
+    return Part(f"experts_{model}", least, seconds, script, ["--dry", *script[1:]], True)
 
 
 CUDA = ["--device", "cuda"]
@@ -56,24 +65,43 @@ TINY_EXPERTS += ["--intermediate", "32", "--layers", "1", "--repeats", "1", "--b
 TINY_LONGCAT = [*CUDA, "--dtypes", "bfloat16", "--tokens", "2", "--experts", "4", "--zero-experts", "2", "--top-k", "2"]
 TINY_LONGCAT += ["--hidden", "64", "--intermediate", "32", "--repeats", "1"]
 QUEUE = [
-    Part("tests", 210, ["-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-rf", "-p", "no:cacheprovider", *TESTS], []),
-    Part("mla_decode", 45, ["benchmarks/gpu/mla_decode.py"], TINY_MLA),
-    Part("mla_prefill", 30, ["benchmarks/gpu/mla_prefill.py"], TINY_PREFILL),
-    Part("linear_fp8", 45, ["benchmarks/gpu/linear_fp8.py"], ["--rows", "2", "--layers", "40x136", "--megabytes", "1"]),
-    experts_part("deepseek_v3", 75, "--lora"),
-    experts_part("longcat_flash", 60),
-    experts_part("kimi_k2", 60),
-    experts_part("step3", 50),
-    Part("decode", 45, ["benchmarks/decode.py", *CUDA, "--contexts", "256", "4096", "16384", "32768"], TINY_DECODE),
-    Part("experts", 40, ["benchmarks/experts.py", *CUDA, "--dtypes", "bfloat16", "--layers", "2"], TINY_EXPERTS),
+    Part(
+        "tests",
+        120,
+        210,
+        ["-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-rf", "-p", "no:cacheprovider", *TESTS],
+        [],
+    ),
+    experts_part("deepseek_v3", 55, 75, "--lora"),
+    Part("mla_decode", 30, 45, ["benchmarks/gpu/mla_decode.py"], TINY_MLA),
+    experts_part("longcat_flash", 40, 60),
+    experts_part("kimi_k2", 35, 60),
+    experts_part("step3", 35, 50),
+    Part("mla_prefill", 20, 30, ["benchmarks/gpu/mla_prefill.py"], TINY_PREFILL),
+    Part(
+        "linear_fp8",
+        25,
+        45,
+        ["benchmarks/gpu/linear_fp8.py"],
+        ["--rows", "2", "--layers", "40x136", "--megabytes", "1"],
+    ),
+    Part(
+        "decode",
+        25,
+        45,
+        ["benchmarks/decode.py", *CUDA, "--contexts", "256", "4096", "16384", "32768"],
+        TINY_DECODE,
+    ),
     # LongCat-Flash-Chat's shapes: 512 experts of 2048 x 6144, 12 per token (38.7 GB a layer; native has half more).
     Part(
         "longcat_moe",
+        30,
         60,
         ["benchmarks/longcat_moe.py", *CUDA, "--dtypes", "bfloat16", "--hidden", "6144", "--intermediate", "2048"]
         + ["--repeats", "7"],
         TINY_LONGCAT,
     ),
+    Part("experts", 15, 40, ["benchmarks/experts.py", *CUDA, "--dtypes", "bfloat16", "--layers", "2"], TINY_EXPERTS),
 ]
 WARM = [["benchmarks/gpu/expert_kernels.py", "--warm", "--models", name] for name in ("deepseek_v3", "longcat_flash")]
 WARM += [["benchmarks/gpu/expert_kernels.py", "--warm", "--models", name] for name in ("kimi_k2", "step3")]
@@ -102,18 +130,24 @@ class Queue:
     def left(self) -> float:
         return LIMIT_SECONDS - (time.monotonic() - self.start)
 
+    def seconds_for(self, part: Part, later: list[Part]) -> float:
+        """What `part` may take, so that each of those behind it gets its least."""
+        if self.dry:
+            return 600
+        return min(part.seconds, max(self.left() - sum(other.least for other in later), min(part.least, self.left())))
+
     def launch(self, command: list[str]) -> subprocess.Popen:
         options = {"cwd": ROOT, "env": self.environment, "stdout": self.log, "stderr": subprocess.STDOUT}
         return subprocess.Popen([sys.executable, *command], start_new_session=True, **options)
 
-    def run(self, part: Part) -> None:
-        seconds, begin = 600 if self.dry else min(part.seconds, self.left()), time.monotonic()
+    def run(self, part: Part, later: list[Part] = ()) -> None:
+        seconds, begin = self.seconds_for(part, later), time.monotonic()
         if seconds < 10:
             self.keep(part, "no time was left", 0.0)
             return
         place = self.log.tell()
         with tempfile.TemporaryDirectory() as folder:
-            process = self.launch(self.command(part, folder))
+            process = self.launch(self.command(part, folder, seconds))
             try:
                 ending = process.wait(seconds)
             except subprocess.TimeoutExpired:
@@ -121,12 +155,15 @@ class Queue:
                 ending = f"stopped after {seconds:.0f} s"
             for path in sorted(Path(folder).glob("*.json")):
                 self.results["benchmarks"].setdefault(part.name, []).append(json.loads(path.read_text()))
-        self.keep(part, ending, time.monotonic() - begin)
         with (self.out / "log.txt").open(encoding="utf-8", errors="replace") as file:
             file.seek(place)
-            print("".join(file.readlines()[-25:]), flush=True)
+            lines = file.readlines()
+        if part.name == "tests":
+            self.results["tests"] = outcomes(lines)
+        self.keep(part, ending, time.monotonic() - begin)
+        print("".join(lines[-25:]), flush=True)
 
-    def command(self, part: Part, folder: str) -> list[str]:
+    def command(self, part: Part, folder: str, seconds: float) -> list[str]:
         if part.name == "tests":
             if self.dry:
                 return ["tests/pretend_cuda.py", *part.command[: -len(TESTS)], *DRY_TESTS]
@@ -134,7 +171,9 @@ class Queue:
             return [*part.command, *workers]
         if self.dry:
             return ["tests/pretend_cuda.py", part.command[0], *part.dry, "--out", folder]
-        return [*part.command, "--out", folder]
+        # Some of it goes to what comes before the clock of the script, and to the case that is late.
+        limit = ["--seconds", f"{seconds - 18:.0f}"] if part.ends_itself else []
+        return [*part.command, *limit, "--out", folder]
 
     def keep(self, part: Part, ending: int | str, seconds: float) -> None:
         entry = {"name": part.name, "ending": ending, "seconds": round(seconds, 1)}
@@ -144,6 +183,14 @@ class Queue:
         temporary = self.out / "results.tmp"
         temporary.write_text(json.dumps(self.results, indent=1) + "\n")
         temporary.replace(self.out / "results.json")
+
+
+def outcomes(lines: list[str]) -> dict:
+    """How many tests of a verbose run ended in which way, and the names of those that failed."""
+    found = [ONE_PROCESS.match(line.rstrip()) or SEVERAL.match(line.rstrip()) for line in lines]
+    tests = {match["name"]: match["outcome"] for match in found if match}
+    failed = [name for name, outcome in tests.items() if outcome in ("FAILED", "ERROR")]
+    return {"counts": dict(Counter(tests.values())), "failed": failed}
 
 
 def interrupt(process: subprocess.Popen) -> None:
@@ -175,18 +222,17 @@ def main() -> int:
     queue = Queue(args.out, args.dry)
     warming = [] if args.dry else [queue.launch(command) for command in WARM]
     try:
-        for part in QUEUE:
-            if part.name not in args.parts:
-                continue
+        parts = [part for part in QUEUE if part.name in args.parts]
+        for number, part in enumerate(parts):
             if part.name != "tests":
                 until = time.monotonic() + WARM_SECONDS
                 while any(process.poll() is None for process in warming) and time.monotonic() < until:
                     time.sleep(0.2)
                 for process in warming:
                     stop(process)
-            queue.run(part)
+            queue.run(part, parts[number + 1 :])
         for number, command in enumerate(DRY_WARM if args.dry else ()):
-            queue.run(Part(f"warm_{number}", 0.0, command[:1], command[1:]))
+            queue.run(Part(f"warm_{number}", 0, 0, command[:1], command[1:]))
     finally:
         for process in warming:
             stop(process)
@@ -196,6 +242,8 @@ def main() -> int:
     for entry in queue.results["targets"]:
         figures = f"{entry['measured']:.3g} of {entry['wanted']:.3g} ({entry['share']:.0%})"
         print(f"{'met' if entry['met'] else 'MISSED'}: {entry['target']}, {entry['case']}: {figures}")
+    if "tests" in queue.results:
+        print(f"tests: {queue.results['tests']['counts']}")
     for name in failed:
         print(f"FAILED: {name}")
     return 1 if failed else 0

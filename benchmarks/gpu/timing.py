@@ -2,22 +2,86 @@
 becomes of a case that fails.
 """
 
+import argparse
+import json
+import os
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 
 import torch
+from common import save
 from triton.errors import TritonError
 
 CACHE_BYTES = 1 << 28  # several times the largest cache of a GPU
+LOST = "the device is lost to this process"
 
 
 def attempt(function: Callable[[], dict]) -> dict:
-    """What `function` gives, or the error that kept it from it: the other cases go on."""
+    """What `function` gives, or the error that kept it from it: the other cases go on. After an error of the device
+    itself, such as an address that is none, nothing goes on in the same process; the result then says `LOST`."""
     try:
         return function()
     except (AssertionError, RuntimeError, ValueError, TritonError) as error:
-        return {"failed": f"{type(error).__name__}: {error}"[:2000]}
+        result = {"failed": f"{type(error).__name__}: {error}"[:2000]}
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        result[LOST] = True
+    return result
+
+
+class Rows:
+    """The rows of a benchmark, in a file that has all of them after each.
+
+    `add_resume` gives the script an option with which it goes on where another process of it ended: what that wrote
+    is kept and not measured again. A script whose process lost the device starts itself again with it.
+    """
+
+    def __init__(self, name: str, keys: Sequence[str], args: argparse.Namespace, device: str = "cuda"):
+        self.name, self.keys, self.args, self.device = name, keys, args, device
+        self.deadline = time.monotonic() + getattr(args, "seconds", 0)
+        self.rows: list[dict] = []
+        path = None if args.out is None else args.out / f"{name}_{'cpu' if device == 'cpu' else 'gpu'}.json"
+        if args.resume and path is not None and path.exists():
+            self.rows = json.loads(path.read_text())["rows"]
+        self.before = {self._key(row) for row in self.rows}
+
+    def _key(self, row: dict) -> tuple:
+        return tuple(row.get(key) for key in self.keys)
+
+    def has(self, *values) -> bool:
+        """Whether an earlier process left the row with these values of `keys`."""
+        return values in self.before
+
+    def forget(self, row: dict) -> None:
+        """Measures the row of an earlier process again."""
+        self.rows = [other for other in self.rows if other is not row]
+        self.before.discard(self._key(row))
+
+    def keep(self, row: dict, extra: Sequence[dict] = (), **facts) -> None:
+        """Adds a row, or what has been added to one, and saves all; `extra` rows are saved behind them."""
+        if not any(row is other for other in self.rows):
+            self.rows.append(row)
+        lost = row.pop(LOST, False)
+        save(self.name, [*self.rows, *extra], self.device, self.args.out, **facts)
+        if lost and self.args.out is not None:
+            self._start_again()
+
+    def _start_again(self) -> None:
+        print(f"{LOST}: another one goes on", flush=True)
+        command = [sys.executable, *sys.argv, "--resume"]
+        if hasattr(self.args, "seconds"):
+            command += ["--seconds", f"{self.deadline - time.monotonic():.0f}"]
+        sys.stdout.flush()
+        os.closerange(3, 4096)  # gives the memory of the device back
+        os.execv(sys.executable, command)
+
+
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --out holds, and add the others")
 
 
 def copies_beyond_cache(nbytes: int, limit: int = 64) -> int:

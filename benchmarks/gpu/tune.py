@@ -14,6 +14,7 @@ Without a GPU, `--static` compiles all of it for compute capability 9.0 and prin
 
 import argparse
 import functools
+import gc
 import json
 import math
 import multiprocessing
@@ -31,13 +32,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu"), str(ROOT / "tests")]
 
 import tune_cases  # noqa: E402
-from common import save  # noqa: E402
 from occupancy import kilobytes_in_flight, most_of_rate, padded_rows, programs_per_processor, waves  # noqa: E402
-from timing import attempt, copy_bandwidth, seconds_of_each  # noqa: E402
+from timing import LOST, Rows, add_resume, attempt, copy_bandwidth, seconds_of_each  # noqa: E402
 from tune_cases import Case, all_cases  # noqa: E402
 
 from hf_moe.models.kernel_tiles import trying  # noqa: E402
 
+# What tells cases apart.
+LABELS = ("family", "model", "layer", "tokens", "rows", "kind", "part")
+LABELS += ("batch", "queries", "context", "heads", "masked")
 TOLERANCE = 1e-2  # between two tiles, which add in different orders
 REPEATS = 7
 
@@ -115,8 +118,11 @@ def limit_of_shared_memory() -> int:
     return getattr(torch.cuda.get_device_properties(0), "shared_memory_per_block_optin", 227 * 1024)
 
 
-def try_case(case: Case, compiler: Compiler | None, bandwidth: float, most: int | None) -> dict:
-    """The row of one case."""
+def try_case(
+    case: Case, compiler: Compiler | None, bandwidth: float, most: int | None, harmful: frozenset[int] = frozenset()
+) -> dict:
+    """The row of one case. Candidates of numbers in `harmful` lost another process the device; a row that is `LOST`
+    says in the same way which one did."""
     problem = case.build("cuda")
     tried, forms, entries, reference = attempts(case, most), {}, [], None
     for number, chosen in enumerate(tried):
@@ -127,14 +133,17 @@ def try_case(case: Case, compiler: Compiler | None, bandwidth: float, most: int 
             entry["not compiled ahead"] = entry.pop("failed")
         if entry.get("shared", 0) > limit_of_shared_memory():
             entry["left out"] = "needs more shared memory than there is"
+        elif number in harmful:
+            entry |= {"left out": "loses the device", LOST: True}
         else:
             entry |= attempt(lambda chosen=chosen: {"output": chosen.call(lambda: problem.launch(chosen.choices))})
         output = entry.pop("output", None)
         entry |= chosen.described()
         entries.append(entry)
         if output is None:
-            if number == 0:
-                return case.label | {"failed": entry.get("failed", entry.get("left out"))}
+            if number == 0 or (LOST in entry and number not in harmful):
+                row = case.label | {"failed": entry.get("failed", entry.get("left out")), "candidates": entries}
+                return row | ({LOST: True} if LOST in entry else {})
             continue
         reference = output if reference is None else reference
         error = ((output.float() - reference.float()).norm() / reference.float().norm()).item()
@@ -199,6 +208,19 @@ def judge(case: Case, compiler: Compiler, most: int | None) -> list[dict]:
     return result
 
 
+def found_harmful(rows: Rows) -> dict[tuple, frozenset[int]]:
+    """By case, the candidates that lost an earlier process the device; the case is then tried again without them."""
+    harmful = {}
+    for row in list(rows.rows):
+        numbers = frozenset(entry["number"] for entry in row.get("candidates", ()) if LOST in entry)
+        if numbers and "failed" in row and 0 not in numbers:
+            harmful[tuple(row.get(name) for name in LABELS)] = numbers
+            rows.forget(row)
+        elif row["family"] == "layer":  # made from the others
+            rows.forget(row)
+    return harmful
+
+
 def show(row: dict) -> None:
     brief = {name: value for name, value in row.items() if name not in ("candidates", "taken")}
     rounded = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in brief.items()}
@@ -216,11 +238,13 @@ def main() -> None:
     parser.add_argument("--static", action="store_true", help="no GPU: what the compiler says")
     parser.add_argument("--capability", type=int, default=90, help="that --static compiles for")
     parser.add_argument("--dry", action="store_true", help="tiny sizes")
+    add_resume(parser)
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
     torch.manual_seed(0)
     cases = [case for case in all_cases(args.dry) if case.label["family"] in args.families][: args.cases]
-    rows, failed = [], False
+    rows = Rows("tune_static" if args.static else "tune", LABELS, args, "cpu" if args.static else "cuda")
+    harmful, failed = found_harmful(rows), False
     if args.static:
         compiler = Compiler(cases, args, args.capability, 132)
     elif args.dry:
@@ -230,31 +254,37 @@ def main() -> None:
         capability = properties.major * 10 + properties.minor
         compiler = Compiler(cases, args, capability, properties.multi_processor_count)
     bandwidth = 0.0 if args.static else copy_bandwidth("cuda", 1 if args.dry else 1024)
-    device = "cpu" if args.static else "cuda"
-    name = "tune_static" if args.static else "tune"
     facts = {} if args.static else {"copy bytes/s": bandwidth}
     try:
         for case in cases:
+            key = tuple(case.label.get(name) for name in LABELS)
+            if rows.has(*key):
+                continue
             if time.monotonic() > deadline:
-                rows.append({"left": "no time was left for the other cases"})
+                print("no time was left for the other cases")
                 break
             if args.static:
                 new = judge(case, compiler, args.candidates)
             else:
-                new = [attempt(lambda case=case: try_case(case, compiler, bandwidth, args.candidates))]
+                given = case, compiler, bandwidth, args.candidates, harmful.get(key, frozenset())
+                new = [attempt(lambda given=given: try_case(*given))]
                 new = [row if "family" in row else case.label | row for row in new]
-            rows += new
             for row in new:
                 failed |= "failed" in row
                 show(row)
+                if not args.static:
+                    rows.keep(row, best_pairs(rows.rows), **facts)
+            if args.static:
+                rows.rows += new
+                if args.out:
+                    rows.keep(new[-1])
+            gc.collect()
             if not args.static:
                 torch.cuda.empty_cache()
-            if args.out or not args.static:
-                save(name, rows + best_pairs(rows), device, args.out, **facts)
     finally:
         if compiler is not None:
             compiler.close()
-    for row in best_pairs(rows):
+    for row in best_pairs(rows.rows):
         show(row)
     sys.exit(failed)
 

@@ -22,6 +22,36 @@ except KeyboardInterrupt:
     print("so far", flush=True)
 """
 
+RESUMING = """
+import argparse, sys
+from pathlib import Path
+sys.path[:0] = {folders}
+import common, torch
+from timing import LOST, Rows, add_resume, attempt
+common.device_name = lambda device: "none"
+lost = []
+torch.cuda.is_available = lambda: True
+def synchronize():
+    if lost:
+        raise RuntimeError("lost")
+torch.cuda.synchronize = synchronize
+parser = argparse.ArgumentParser()
+parser.add_argument("--out", type=Path)
+parser.add_argument("--seconds", type=float, default=50)
+add_resume(parser)
+args = parser.parse_args()
+assert args.seconds > 30
+rows = Rows("tried", ("case",), args)
+def case(number):
+    if number == 1:
+        lost.append(number)
+        raise RuntimeError("an address that is none")
+    return {{"resumed": args.resume}}
+for number in range(3):
+    if not rows.has(number):
+        rows.keep({{"case": number}} | attempt(lambda: case(number)))
+"""
+
 
 @pytest.fixture
 def run_all(monkeypatch):
@@ -35,9 +65,9 @@ def run_all(monkeypatch):
 
 def test_a_part_that_fails_stops_no_other(run_all, tmp_path):
     queue = run_all.Queue(tmp_path / "not" / "there", dry=False)
-    queue.run(run_all.Part("wrong", 60, ["-c", f"{SAVING}; sys.exit(3)"], []))
-    queue.run(run_all.Part("right", 60, ["-c", SAVING], []))
-    queue.run(run_all.Part("late", 0, ["-c", SAVING], []))
+    queue.run(run_all.Part("wrong", 10, 60, ["-c", f"{SAVING}; sys.exit(3)"], []))
+    queue.run(run_all.Part("right", 10, 60, ["-c", SAVING], []))
+    queue.run(run_all.Part("late", 0, 0, ["-c", SAVING], []))
     results = json.loads((tmp_path / "not" / "there" / "results.json").read_text())
     assert [part["ending"] for part in results["parts"]] == [3, 0, "no time was left"]
     assert results["benchmarks"] == {"wrong": [{"rows": []}], "right": [{"rows": []}]}
@@ -46,8 +76,41 @@ def test_a_part_that_fails_stops_no_other(run_all, tmp_path):
 def test_parts_find_what_this_process_was_told_to_find(run_all, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     queue = run_all.Queue(tmp_path, dry=False)
-    queue.run(run_all.Part("paths", 60, ["-c", "import os; print(os.environ['PYTHONPATH'])"], []))
+    queue.run(run_all.Part("paths", 10, 60, ["-c", "import os; print(os.environ['PYTHONPATH'])"], []))
     assert (tmp_path / "log.txt").read_text().split()[0].split(":") == [str(run_all.ROOT), "/elsewhere"]
+
+
+def test_every_part_gets_its_least(run_all, tmp_path):
+    queue = run_all.Queue(tmp_path, dry=False)
+    assert sum(part.least for part in run_all.QUEUE) < run_all.LIMIT_SECONDS - run_all.WARM_SECONDS
+    for number, part in enumerate(run_all.QUEUE):
+        later = run_all.QUEUE[number + 1 :]
+        queue.start = time.monotonic()
+        assert queue.seconds_for(part, later) == pytest.approx(part.seconds, abs=0.1)
+        queue.start -= run_all.LIMIT_SECONDS - part.least - sum(other.least for other in later)
+        assert queue.seconds_for(part, later) == pytest.approx(part.least, abs=0.5)  # if others took all of theirs
+        queue.start -= 1000
+        assert queue.seconds_for(part, later) < 0
+
+
+def test_outcomes_of_tests_are_known_however_they_ended(run_all):
+    lines = ["tests/a.py::test_one[4 of x] PASSED            [ 10%]", "tests/a.py::test_two SKIPPED (why) [ 30%]"]
+    lines += ["[gw3] [ 20%] FAILED tests/a.py::test_three[PASSED-FAILED] ", "[gw1] [ 40%] ERROR tests/b.py::test_one"]
+    lines += ["[gw1] [100%] PASSED tests/b.py::test_two ", "no PASSED test", "tests/b.py::test_three "]
+    lines += ["FAILED tests/a.py::test_three[PASSED-FAILED] - AssertionError"]
+    found = run_all.outcomes([f"{line}\n" for line in lines])
+    assert found["counts"] == {"PASSED": 2, "SKIPPED": 1, "FAILED": 1, "ERROR": 1}
+    assert found["failed"] == ["tests/a.py::test_three[PASSED-FAILED]", "tests/b.py::test_one"]
+
+
+def test_a_script_that_lost_the_device_goes_on_in_another_process(tmp_path):
+    """What was measured stays, and what lost the device is not tried again."""
+    script = tmp_path / "script.py"
+    script.write_text(RESUMING.format(folders=[str(FOLDER), str(FOLDER.parent)]))
+    result = subprocess.run([sys.executable, script, "--out", tmp_path], capture_output=True, text=True, check=True)
+    rows = json.loads((tmp_path / "tried_gpu.json").read_text())["rows"]
+    assert [row["case"] for row in rows] == [0, 1, 2], result.stdout
+    assert "failed" in rows[1] and [row.get("resumed") for row in rows] == [False, None, True]
 
 
 def test_targets_are_held_against_what_was_measured(monkeypatch):
