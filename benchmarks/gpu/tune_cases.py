@@ -75,6 +75,8 @@ def expert_tiles(kind: str, part: str, tokens: int, mean: float) -> list[Tile]:
         tiles = {"bf16": MANY, "w8a8": QUANTIZED, "w8a16": WIDENED}[kind]
         if kind == "w8a8" and part == "gate_up":  # two blocks of columns after one another
             tiles = [*tiles, (128, 256, 128, 8, 4, 1), (64, 256, 128, 4, 3, 1)]
+        if kind == "w8a8":
+            tiles = [*tiles, (128, 256, 128, 16, 3, 1)]
     return [Tile(*tile) for tile in tiles]
 
 

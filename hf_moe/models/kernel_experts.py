@@ -147,8 +147,9 @@ def gate_up_tile(
     """What `gate_up_kernel` computes of row tile `m` and the `n`-th columns of gate and up."""
     HALF: tl.constexpr = BLOCK_N // 2
     PAIR: tl.constexpr = X_FP8 and BLOCK_N == 2 * _SCALE_BLOCK
-    # What computes more than SiLU does it in pieces where a tile's sums leave it few registers.
-    IN_PIECES: tl.constexpr = PAIR or (BLOCK_N == 2 * _SCALE_BLOCK and (ACTIVATION != "silu" or LIMIT > 0))
+    # What does more than to store SiLU's products does it in pieces where a tile's sums leave it few registers.
+    MORE: tl.constexpr = SAVE_PRE or ACTIVATION != "silu" or LIMIT > 0
+    IN_PIECES: tl.constexpr = PAIR or (BLOCK_N == 2 * _SCALE_BLOCK and MORE)
     GRID_K: tl.constexpr = (H + _SCALE_BLOCK - 1) // _SCALE_BLOCK
     GRID_N: tl.constexpr = (I + _SCALE_BLOCK - 1) // _SCALE_BLOCK
     x_ptr, x_scale_ptr = x
@@ -359,35 +360,60 @@ def rows_tile(
     weight_ptrs = weight_ptr + expert * (OUT * IN) + k[:, None] * STRIDE_K
     scale_ptrs = scale_ptr + expert * (PARTS * GRID_K * GRID_N) if WEIGHT else None
     scale_ptrs = scale_ptrs + n * BLOCK_N // _SCALE_BLOCK * SCALE_N if WEIGHT else None
-    columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
-    if TRANSPOSED:
-        weight_ptrs += columns[None, :]
-    else:
-        weight_ptrs += tl.minimum(columns, OUT - 1)[None, :] * IN  # the last tile repeats the last row
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for part in tl.static_range(PARTS):
-        acc = product(
-            acc,
-            x_ptrs + part * DEPTH,
-            x_scale_ptrs,
-            weight_ptrs + part * DEPTH * STRIDE_K,
-            scale_ptrs + part * GRID_K * SCALE_K if WEIGHT else None,
-            columns,
-            DEPTH,
-            STRIDE_K,
-            SCALE_K,
-            0,
-            X_FP8,
+    place = (m, tiles_ptr, offsets_ptr, order_ptr, max_tiles)
+    if X_FP8 and BLOCK_N == 2 * _SCALE_BLOCK:  # with 8 warps it spills: not shipped
+        tl.static_assert(OUT % BLOCK_N == 0)
+        HALF: tl.constexpr = BLOCK_N // 2
+        columns = n * BLOCK_N + tl.arange(0, HALF)
+        left, right = product_pair(
+            tl.zeros((BLOCK_M, HALF), tl.float32),
+            tl.zeros((BLOCK_M, HALF), tl.float32),
+            x_ptr,
+            x_rows,
+            x_scale_ptr,
+            weight_ptr + expert * (OUT * IN),
+            weight_ptr + expert * (OUT * IN) + HALF * IN,
+            tl.minimum(columns, OUT - 1),
+            scale_ptrs,
+            scale_ptrs + SCALE_N,
+            IN,
             WEIGHT,
             UE8M0,
             BLOCK_M,
-            BLOCK_N,
+            HALF,
             BLOCK_K,
-            columns,
-            OUT if TRANSPOSED and OUT % BLOCK_N else 0,
         )
-    place = (m, tiles_ptr, offsets_ptr, order_ptr, max_tiles)
-    finish_rows(acc, columns, place, out, OUT, R, TRANSPOSED, TO_SLOTS, HAS_FACTORS, BLOCK_M, BLOCK_R)
+        finish_rows(left, columns, place, out, OUT, R, TRANSPOSED, TO_SLOTS, HAS_FACTORS, BLOCK_M, BLOCK_R)
+        finish_rows(right, columns + HALF, place, out, OUT, R, TRANSPOSED, TO_SLOTS, HAS_FACTORS, BLOCK_M, BLOCK_R)
+    else:
+        columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        if TRANSPOSED:
+            weight_ptrs += columns[None, :]
+        else:
+            weight_ptrs += tl.minimum(columns, OUT - 1)[None, :] * IN  # the last tile repeats the last row
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for part in tl.static_range(PARTS):
+            acc = product(
+                acc,
+                x_ptrs + part * DEPTH,
+                x_scale_ptrs,
+                weight_ptrs + part * DEPTH * STRIDE_K,
+                scale_ptrs + part * GRID_K * SCALE_K if WEIGHT else None,
+                columns,
+                DEPTH,
+                STRIDE_K,
+                SCALE_K,
+                0,
+                X_FP8,
+                WEIGHT,
+                UE8M0,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                columns,
+                OUT if TRANSPOSED and OUT % BLOCK_N else 0,
+            )
+        finish_rows(acc, columns, place, out, OUT, R, TRANSPOSED, TO_SLOTS, HAS_FACTORS, BLOCK_M, BLOCK_R)
 
 
 @jit_for_any("max_tiles")
@@ -468,6 +494,8 @@ def launch_options(tile: Tile, layout: Layout, columns: int, device: torch.devic
     options = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
     # While tiles are small, row tiles that read the same weights are neighbours without more ado.
     options.update(GROUP_M=_GROUP_M if tile.per_processor else 0, num_warps=tile.warps, num_stages=tile.stages)
+    if tile.block_k == 32:  # float32, or little memory: else the assembler spills to fit more programs than there are
+        options["maxnreg"] = 255
     options["HALVES"] = int(tile.block_m == 128 and tile.per_processor > 0)
     return (grid,), options
 

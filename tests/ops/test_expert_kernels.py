@@ -8,10 +8,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_moe.models import op_experts, op_experts_triton
 from hf_moe.models.kernel_routing import build_layout, most_tiles
+from hf_moe.models.kernel_tiles import trying
 from hf_moe.models.op_activation import FUSED
 from hf_moe.models.op_expert_lora import ExpertLora
 from hf_moe.models.op_experts import TRITON_BACKEND_NAME, expert_weight, experts, experts_torch
-from hf_moe.models.op_quant import dequantize_rows, quantize_rows
+from hf_moe.models.op_quant import dequantize_rows, quantize_block_fp8, quantize_rows
 from hf_moe.models.op_routing import build_layout_torch
 from hf_moe.models.op_routing import route as choose
 from hf_moe.models.triton_compat import INTERPRETING
@@ -285,6 +286,29 @@ def test_the_tile_of_two_blocks(monkeypatch):
         assert_close("gate and up", pre[here], expected, "fp8_experts")
         gate, up = expected.chunk(2, -1)
         assert_close("inner rows", inner[here], torch.nn.functional.silu(gate) * up, "fp8_experts")
+
+
+@interpreted
+@pytest.mark.parametrize("columns", [128, 256])
+def test_row_tiles_of_one_expert_that_are_full_and_half_full(columns, monkeypatch, poisoned):
+    """Expert 1 has more row tiles than go side by side, and a last one of 2 rows; a tile of 256 columns is two sums."""
+    from hf_moe.models import kernel_experts
+
+    monkeypatch.setattr(kernel_experts, "_GROUP_M", 2)
+    ids = torch.tensor([2] * 20 + [1] * 386 + [0] * 65)[torch.randperm(471)].unsqueeze(1)
+    layout = build_layout(ids, 4, 128)
+    quantised = [quantize_block_fp8(torch.randn(256, 200)) for _ in range(4)]
+    weight, scale = (torch.stack(parts) for parts in zip(*quantised))
+    rows, x_scale = quantize_rows(torch.randn(471, 200))
+    with trying(rows=lambda tile: tile._replace(block_n=columns)):
+        output = kernel_experts.multiply_rows(
+            rows, weight, scale, layout, 1, out_dtype=torch.float32, x_scale=x_scale, to_slots=True
+        )
+    values = dequantize_rows(rows, x_scale)
+    for expert in range(3):
+        here = ids[layout.order].flatten() == expert
+        expected = values[here] @ expert_weight(weight, scale, expert).T
+        assert_close(f"expert {expert}", output[layout.order[here]], expected, "fp8_experts")
 
 
 def test_quantised_rows_need_fp8_weights():
