@@ -26,6 +26,8 @@ Shapes: T tokens, K choices per token, E experts, H hidden, I intermediate, N = 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .kernel_activation import activate, limit_gate
@@ -486,18 +488,28 @@ def rows_kernel(
                 )
 
 
-def launch_options(tile: Tile, layout: Layout, columns: int, device: torch.device) -> tuple[tuple[int], dict]:
-    """Grid and keyword arguments of a product of `columns` columns in all."""
-    grid = layout.max_tiles * cdiv(columns, tile.block_n)
+@functools.lru_cache(maxsize=1024)  # all layers ask the same
+def _launch_options(tile: Tile, row_tiles: int, columns: int, processors: int) -> tuple[tuple[int], dict]:
+    grid = row_tiles * cdiv(columns, tile.block_n)
     if tile.per_processor:
-        grid = min(grid, num_processors(device) * tile.per_processor)
+        grid = min(grid, processors * tile.per_processor)
     options = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
     # While tiles are small, row tiles that read the same weights are neighbours without more ado.
     options.update(GROUP_M=_GROUP_M if tile.per_processor else 0, num_warps=tile.warps, num_stages=tile.stages)
     if tile.block_k == 32:  # float32, or little memory: else the assembler spills to fit more programs than there are
         options["maxnreg"] = 255
-    options["HALVES"] = int(tile.block_m == 128 and tile.per_processor > 0)
     return (grid,), options
+
+
+def launch_options(tile: Tile, layout: Layout, columns: int, device: torch.device) -> tuple[tuple[int], dict]:
+    """Grid and keyword arguments of a product of `columns` columns in all."""
+    return _launch_options(tile, layout.max_tiles, columns, num_processors(device))
+
+
+def takes_halves(tile: Tile) -> int:
+    """1 if row tiles that are at most half full are computed as such: the rows of half of one are enough for a group of
+    warps to multiply, and there is an order of tiles that says how full they are."""
+    return int(tile.block_m == 128 and tile.per_processor > 0)
 
 
 def lora_options(rank: int) -> dict:
@@ -550,6 +562,7 @@ def gate_up(
         SAVE_PRE=pre is not None,
         ACTIVATION=activation,
         LIMIT=float(limit),
+        HALVES=takes_halves(tile),
         **weight_options(weight, scale),
         **lora_options(0 if low is None else low.shape[1]),
         **options,
@@ -619,6 +632,7 @@ def multiply_rows(
         TO_SLOTS=to_slots,
         HAS_FACTORS=factors is not None,
         X_FP8=x_scale is not None,
+        HALVES=takes_halves(tile),
         **weight_options(weight, scale),
         **lora_options(0 if low is None else low.shape[1]),
         **options,

@@ -261,7 +261,6 @@ def inner_grad(
     inner = pre.new_empty(slots, inter) if save_inner else None
     shares = torch.empty(slots, cdiv(inter, tile.block_n), dtype=torch.float32, device=device)
     grid, options = launch_options(tile, layout, inter, device)
-    del options["HALVES"]
     inner_grad_kernel[grid](
         grad_output,
         as_bytes(weight, kind),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,7 @@ def tile_rows(num_slots: int, num_experts: int, dtype: torch.dtype) -> int:
     return 64 if mean <= 64 or dtype == torch.float32 else 128
 
 
+@functools.lru_cache(maxsize=256)  # of a handful: a decode step asks for each layer
 def product_tile(block_m: int, dtype: torch.dtype, weight: int, capability: tuple[int, int]) -> Tile:
     """The shipped tile for `block_m` rows of `dtype` and a weight that is read as `weight`.
 

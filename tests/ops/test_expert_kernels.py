@@ -295,6 +295,7 @@ def test_row_tiles_of_one_expert_that_are_full_and_half_full(columns, monkeypatc
     from hf_moe.models import kernel_experts
 
     monkeypatch.setattr(kernel_experts, "_GROUP_M", 2)
+    monkeypatch.setattr(kernel_experts, "_launch_options", kernel_experts._launch_options.__wrapped__)
     ids = torch.tensor([2] * 20 + [1] * 386 + [0] * 65)[torch.randperm(471)].unsqueeze(1)
     layout = build_layout(ids, 4, 128)
     quantised = [quantize_block_fp8(torch.randn(256, 200)) for _ in range(4)]
