@@ -52,7 +52,8 @@ def kilobytes_in_flight(usage: dict, step_bytes: int, stages: int, gpu: Gpu = H1
 
 
 def padded_rows(topk_indices: torch.Tensor, num_experts: int, block_m: int) -> float:
-    """Rows that tiles of `block_m` multiply for one real row."""
+    """Rows that tiles of `block_m` multiply for one real row. Tiles of 128 that are at most half full count as 64."""
+    block_m = min(block_m, 64)
     counts = torch.bincount(topk_indices.flatten(), minlength=num_experts)
     return ((counts + block_m - 1) // block_m * block_m).sum().item() / topk_indices.numel()
 
