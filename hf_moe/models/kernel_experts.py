@@ -539,7 +539,7 @@ def gate_up(
     tile = product_tile(layout.block_m, hidden_states.dtype, kind, capability)
     fits = activation == "silu" and not limit and hidden_states.numel() < 1 << 31
     if x_scale is not None and tile.block_m == 128 and capability[0] == 9 and fits:
-        tile = tile._replace(block_n=2 * SCALE_BLOCK)  # see `product_pair`
+        tile = tile._replace(block_n=2 * SCALE_BLOCK, stages=4)  # see `product_pair`
     tile = chosen("gate_up", tile)
     out = torch.empty(tokens * top_k, inter, dtype=out_dtype, device=device)
     pre = None if pre_dtype is None else torch.empty(tokens * top_k, 2 * inter, dtype=pre_dtype, device=device)
