@@ -69,7 +69,7 @@ QUEUE = [
         "tests",
         120,
         210,
-        ["-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-rf", "-p", "no:cacheprovider", *TESTS],
+        ["-m", "pytest", "-m", "gpu", "-vv", "--tb=short", "-rf", "-p", "no:cacheprovider", *TESTS],
         [],
     ),
     experts_part("deepseek_v3", 55, 75, "--lora"),

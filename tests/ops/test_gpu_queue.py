@@ -103,6 +103,15 @@ def test_outcomes_of_tests_are_known_however_they_ended(run_all):
     assert found["failed"] == ["tests/a.py::test_three[PASSED-FAILED]", "tests/b.py::test_one"]
 
 
+def test_the_queue_understands_what_its_tests_say(run_all, tmp_path):
+    part, queue = run_all.QUEUE[0], run_all.Queue(tmp_path, dry=False)
+    options = [option for option in part.command if option not in run_all.TESTS]
+    options[options.index("gpu")] = "not gpu"
+    queue.command = lambda *given: [*options, "tests/ops/test_gpu_queue.py", "-k", "finds_what or however_they_ended"]
+    queue.run(part)
+    assert json.loads((tmp_path / "results.json").read_text())["tests"] == {"counts": {"PASSED": 1}, "failed": []}
+
+
 def test_a_script_that_lost_the_device_goes_on_in_another_process(tmp_path):
     """What was measured stays, and what lost the device is not tried again."""
     script = tmp_path / "script.py"
