@@ -506,10 +506,10 @@ def launch_options(tile: Tile, layout: Layout, columns: int, device: torch.devic
     return _launch_options(tile, layout.max_tiles, columns, num_processors(device))
 
 
-def takes_halves(tile: Tile) -> int:
-    """1 if row tiles that are at most half full are computed as such: the rows of half of one are enough for a group of
-    warps to multiply, and there is an order of tiles that says how full they are."""
-    return int(tile.block_m == 128 and tile.per_processor > 0)
+def takes_halves(tile: Tile, depth: int) -> int:
+    """1 if row tiles that are at most half full are computed as such: where the rows of half of one are enough for a
+    group of warps to multiply, there is an order of tiles that says how full they are, and more than a step to save."""
+    return int(tile.block_m == 128 and tile.per_processor > 0 and depth > tile.block_k)
 
 
 def lora_options(rank: int) -> dict:
@@ -562,7 +562,7 @@ def gate_up(
         SAVE_PRE=pre is not None,
         ACTIVATION=activation,
         LIMIT=float(limit),
-        HALVES=takes_halves(tile),
+        HALVES=takes_halves(tile, hidden),
         **weight_options(weight, scale),
         **lora_options(0 if low is None else low.shape[1]),
         **options,
@@ -632,7 +632,7 @@ def multiply_rows(
         TO_SLOTS=to_slots,
         HAS_FACTORS=factors is not None,
         X_FP8=x_scale is not None,
-        HALVES=takes_halves(tile),
+        HALVES=takes_halves(tile, inner),
         **weight_options(weight, scale),
         **lora_options(0 if low is None else low.shape[1]),
         **options,
