@@ -86,7 +86,10 @@ def p_value(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model(vocab_size=VOCAB, num_nextn_predict_layers=1)
+    """As small as it gets: what is counted is many draws, and not what a forward pass computes."""
+    sizes = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "hidden_size": 24}
+    experts = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+    return tiny_model(vocab_size=VOCAB, num_nextn_predict_layers=1, **sizes, **experts)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
