@@ -10,7 +10,6 @@ prints one JSON line per distinct launch: kernel, tile, registers, spilled bytes
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import re
@@ -29,7 +28,6 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-from triton.runtime.cache import get_cache_manager  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 TYPES = {
@@ -98,11 +96,9 @@ class Launch:
     def compile(self, capability: int) -> dict:
         start = time.monotonic()
         source = ASTSource(self.kernel, self.signature, self.constants, self.attrs)
-        triton.knobs.nvidia.dump_ptxas_log = True
-        with contextlib.redirect_stdout(io.StringIO()) as log:
-            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
         ptx = compiled.asm["ptx"]
-        usage = register_usage(ptxas_report(compiled, log.getvalue(), capability))
+        usage = register_usage(ptx, capability)
         pointers = {name: kind for name, kind in self.signature.items() if kind.startswith("*")}
         return {
             "kernel": self.kernel.__name__,
@@ -142,25 +138,14 @@ class Launch:
         }
 
 
-def ptxas_report(compiled, log: str, capability: int) -> str:
-    """What ptxas says about a kernel: its log, if it was compiled just now, which is kept beside it in Triton's cache."""
-    kept = get_cache_manager(compiled.hash)
-    path = kept.get_file("ptxas.log")
-    if "Used" in log:
-        path = kept.put(log, "ptxas.log", binary=False)
-    if path is not None:
-        return Path(path).read_text(encoding="utf-8")
-    ptx = compiled.asm["ptx"]
+def register_usage(ptx: str, capability: int) -> dict:
+    """Registers, spilled bytes and whether products wait for one another, as ptxas reports them."""
     target = re.search(r"\.target (\w+)", ptx).group(1)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
         command = [get_ptxas(capability).path, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-
-def register_usage(report: str) -> dict:
-    """Registers, spilled bytes and whether products wait for one another, as ptxas reports them."""
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups()
     registers = int(re.search(r"Used (\d+) registers", report).group(1))
     # Products that wait for one another, since something else writes registers that they add to.

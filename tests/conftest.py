@@ -4,6 +4,7 @@
 of which processes that tests start get their worker's, and the folder that code of checkpoints is copied to.
 """
 
+import importlib.util
 import os
 import sys
 import tempfile
@@ -26,6 +27,10 @@ import torch  # noqa: E402
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 if not torch.cuda.is_available():  # before any kernel is defined: without a GPU they run in Triton's interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    import interpreter
+
+    interpreter.make_faster()
 
 
 @pytest.hookimpl(optionalhook=True)
