@@ -87,6 +87,7 @@ class FinetuneTrainer:
         self.args, self.train_dataset, self.eval_dataset = args, train_dataset, eval_dataset
         self.tokenizer, self.callbacks = tokenizer, list(callbacks)
         self.accelerator = accelerator or make_accelerator(args)
+        check_accumulation(self.accelerator, args)
         self.output_dir = Path(args.output_dir)
         self.state = TrainerState()
         self.micro_batch_share = 1.0
@@ -428,6 +429,16 @@ def check_launch(accelerator: Accelerator) -> None:
         raise ValueError(
             f"FSDP is asked for, but Accelerate has it on accelerators alone, not on {accelerator.device}: start "
             "without it (examples/accelerate/ddp.yaml)"
+        )
+
+
+def check_accumulation(accelerator: Accelerator, args: FinetuneArguments) -> None:
+    """Raises `ValueError` where a step would end after another number of micro-batches than the options say."""
+    found, wanted = accelerator.gradient_accumulation_steps, args.gradient_accumulation_steps
+    if found != wanted:
+        raise ValueError(
+            f"--gradient_accumulation_steps {wanted}, but the accelerator (or Accelerate's configuration, its DeepSpeed "
+            f"part too) has {found}: give both the same"
         )
 
 
