@@ -263,6 +263,13 @@ class FinetuneTrainer:
             raise FloatingPointError(
                 f"the loss is {metrics['loss']} at step {self.step}: try a lower --learning_rate or more --warmup_steps"
             )
+        # The weights are lost, and a checkpoint of them would take the place of a good one. Loss scaling skips the step.
+        scaled = self.accelerator.scaler is not None or self.accelerator.mixed_precision == "fp16"
+        if not scaled and not math.isfinite(metrics.get("grad_norm", 0.0)):
+            raise FloatingPointError(
+                f"the norm of the gradient is {metrics['grad_norm']} at step {self.step}, though the loss is "
+                f"{metrics['loss']:.4g}: try a lower --learning_rate or more --warmup_steps"
+            )
         for callback in self.callbacks:
             metrics.update(callback.on_step_end(self) or {})
         for name, value in metrics.items():
