@@ -54,8 +54,9 @@ class TrainerState:
 
     step: int = 0
     tokens: int = 0
-    best_loss: float | None = None
+    best_loss: float | None = None  # the lowest one
     best_step: int | None = None
+    progress_loss: float | None = None  # of the last evaluation that was progress
     bad_evaluations: int = 0
     stopped_early: bool = False
     sums: dict[str, float] = field(default_factory=dict)  # of the steps since the last line of the log
@@ -303,8 +304,11 @@ class FinetuneTrainer:
 
     def _judge(self, loss: float) -> None:
         state = self.state
-        if state.best_loss is None or loss < state.best_loss - self.args.early_stopping_threshold:
-            state.best_loss, state.best_step, state.bad_evaluations = loss, self.step, 0
+        before = state.best_loss if state.progress_loss is None else state.progress_loss
+        if state.best_loss is None or loss < state.best_loss:
+            state.best_loss, state.best_step = loss, self.step
+        if before is None or loss < before - self.args.early_stopping_threshold:
+            state.progress_loss, state.bad_evaluations = loss, 0
         else:
             state.bad_evaluations += 1
         patience = self.args.early_stopping_patience

@@ -34,3 +34,15 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_the_good_checkpoint_is
     with pytest.raises(FloatingPointError, match="norm of the gradient is (inf|nan) at step 3"):
         trained(tmp_path, some_rows(), callbacks=[Break()], save_strategy="steps", save_steps=1, save_total_limit=1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+def test_the_lowest_loss_is_the_best_one_also_where_it_is_no_progress(tmp_path):
+    """`early_stopping_threshold` says what counts for stopping, not which weights are the best."""
+    held_out = some_rows(5, seed=3)
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "validation_split": 0.1, "early_stopping_threshold": 10.0}
+    more = {"save_strategy": "steps", "early_stopping_patience": 3, "load_best_model_at_end": True, "max_steps": 9}
+    run = trained(tmp_path, some_rows(), held_out=held_out, **evaluation, **more)
+    found = {line["step"]: line["eval_loss"] for line in run.log_lines if "eval_loss" in line}
+    assert run.result.stopped_early and list(found) == [1, 2, 3, 4]  # the first one, and three without progress
+    assert run.state.best_step == min(found, key=found.get) != 1
+    assert run.evaluate()["eval_loss"] == min(found.values())
