@@ -11,6 +11,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -28,7 +29,7 @@ from transformers import get_scheduler
 
 from .arguments import FinetuneArguments
 from .callbacks import Callback
-from .checkpoints import find_checkpoint, load_checkpoint, rotate, save_checkpoint
+from .checkpoints import CheckpointError, check_checkpoint, find_checkpoint, load_checkpoint, rotate, save_checkpoint
 from .data import IGNORE_INDEX, Collator, RowOrder, TokenRows
 from .distributed import forward_context, prepare
 from .optimizers import MUON, build_optimizer
@@ -156,6 +157,7 @@ class FinetuneTrainer:
                 self, find_checkpoint(self.output_dir, resume, self.accelerator.is_main_process)
             )
             self._truncate_log()
+            self._forget_missing_best()
         for callback in self.callbacks:
             callback.on_train_begin(self)
         self.model.train()
@@ -175,8 +177,7 @@ class FinetuneTrainer:
             self._after_step(progress)
         progress.close()
         if self.args.load_best_model_at_end and self.state.best_step is not None:
-            best = self.output_dir / f"checkpoint-{self.state.best_step}"
-            load_checkpoint(self, best, weights_only=True)
+            load_checkpoint(self, self._best_folder(), weights_only=True)
         for callback in self.callbacks:
             callback.on_train_end(self)
         for tracker in getattr(self.accelerator, "trackers", ()):
@@ -264,7 +265,7 @@ class FinetuneTrainer:
             raise FloatingPointError(
                 f"the loss is {metrics['loss']} at step {self.step}: try a lower --learning_rate or more --warmup_steps"
             )
-        # The weights are lost, and a checkpoint of them would take the place of a good one. Loss scaling skips the step.
+        # A checkpoint of weights that are lost would take the place of a good one. Loss scaling skips such a step.
         scaled = self.accelerator.scaler is not None or self.accelerator.mixed_precision == "fp16"
         if not scaled and not math.isfinite(metrics.get("grad_norm", 0.0)):
             raise FloatingPointError(
@@ -313,6 +314,24 @@ class FinetuneTrainer:
             state.bad_evaluations += 1
         patience = self.args.early_stopping_patience
         state.stopped_early = patience is not None and state.bad_evaluations >= patience
+
+    def _best_folder(self) -> Path:
+        return self.output_dir / f"checkpoint-{self.state.best_step}"
+
+    def _forget_missing_best(self) -> None:
+        """Starts over with what is best if the run before kept no checkpoint of it, or kept it in another folder: it
+        could not be loaded at the end."""
+        state = self.state
+        if not self.args.load_best_model_at_end or state.best_step is None:
+            return
+        try:
+            check_checkpoint(self._best_folder())
+        except CheckpointError as error:
+            if self.accelerator.is_main_process:
+                step, loss = state.best_step, state.best_loss
+                message = f"the best model so far, of step {step} (evaluation loss {loss:.4f}), was not kept: {error}"
+                warnings.warn(f"{message}; --load_best_model_at_end chooses among those to come", stacklevel=3)
+            state.best_loss = state.best_step = None
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -448,8 +467,8 @@ def check_accumulation(accelerator: Accelerator, args: FinetuneArguments) -> Non
     found, wanted = accelerator.gradient_accumulation_steps, args.gradient_accumulation_steps
     if found != wanted:
         raise ValueError(
-            f"--gradient_accumulation_steps {wanted}, but the accelerator (or Accelerate's configuration, its DeepSpeed "
-            f"part too) has {found}: give both the same"
+            f"--gradient_accumulation_steps {wanted}, but the accelerator (or Accelerate's configuration, also that of "
+            f"DeepSpeed) has {found}: give both the same"
         )
 
 

@@ -1,5 +1,7 @@
 """The training loop where something is not as it should be: what it refuses, and what it must not lose."""
 
+import json
+
 import pytest
 from accelerate import Accelerator
 from tiny import tiny_model
@@ -7,7 +9,7 @@ from trainer_cases import options, some_rows, trained
 
 from hf_moe.training import FinetuneTrainer
 from hf_moe.training.callbacks import Callback
-from hf_moe.training.checkpoints import list_checkpoints
+from hf_moe.training.checkpoints import MANIFEST, STATE, list_checkpoints
 
 pytest.importorskip("peft")
 
@@ -46,3 +48,27 @@ def test_the_lowest_loss_is_the_best_one_also_where_it_is_no_progress(tmp_path):
     assert run.result.stopped_early and list(found) == [1, 2, 3, 4]  # the first one, and three without progress
     assert run.state.best_step == min(found, key=found.get) != 1
     assert run.evaluate()["eval_loss"] == min(found.values())
+
+
+@pytest.mark.parametrize("why", ["not saved", "another folder"])
+def test_a_best_model_that_was_not_kept_does_not_end_a_resumed_run_in_an_error(tmp_path, why):
+    """It was known only when the last step was done, and the result never written."""
+    held_out = some_rows(5, seed=3)
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "validation_split": 0.1, "save_strategy": "steps"}
+    more = {"save_steps": 3, "max_steps": 3, "load_best_model_at_end": why == "another folder"}
+    first = trained(tmp_path / "a", some_rows(), held_out=held_out, **evaluation, **more)
+    checkpoint = tmp_path / "a" / "checkpoint-3"
+    # The step that was the best one before the last checkpoint.
+    state = json.loads((checkpoint / STATE).read_text())
+    state["state"] |= {"best_step": 2, "best_loss": 0.5}
+    text = json.dumps(state)
+    (checkpoint / STATE).write_text(text)
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest["files"][STATE] = len(text)
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    more = {"save_steps": 50, "max_steps": 5, "load_best_model_at_end": True, "resume_from_checkpoint": str(checkpoint)}
+    folder = tmp_path / ("a" if why == "not saved" else "b")
+    with pytest.warns(UserWarning, match="of step 2 .* was not kept"):
+        run = trained(folder, some_rows(), held_out=held_out, **evaluation, **more)
+    assert first.step == 3 and run.state.best_step in (4, 5)
+    assert run.evaluate()["eval_loss"] == run.state.best_loss
