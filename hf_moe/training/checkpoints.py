@@ -6,6 +6,7 @@ their sizes: a folder that lost some is not taken up.
     adapter_model.safetensors, adapter_config.json    LoRA; or the whole model, which `from_pretrained` reads
     router_bias.safetensors                           correction biases, which no gradient moves
     optimizer.pt  scheduler.pt  callbacks.pt  rng_state_<rank>.pt  trainer_state.json  manifest.json
+    scaler.pt                                         the loss scale of float16
     sharded/                                          with FSDP or DeepSpeed, in place of weights and optimiser; of LoRA
                                                       under FSDP2 the factors alone, whatever the size of the model
 """
@@ -137,6 +138,8 @@ def save_checkpoint(trainer: "FinetuneTrainer", folder: Path) -> None:
     elif accelerator.is_main_process:
         save_weights(trainer.unwrapped, staging)
         torch.save(trainer.optimizer.state_dict(), staging / "optimizer.pt")
+        if accelerator.scaler is not None:
+            torch.save(accelerator.scaler.state_dict(), staging / "scaler.pt")
     torch.save(_random_state(), staging / f"rng_state_{rank}.pt")
     if accelerator.is_main_process:
         biases = router_biases(trainer.unwrapped)
@@ -222,6 +225,8 @@ def load_checkpoint(trainer: "FinetuneTrainer", folder: Path, weights_only: bool
         load_weights(trainer.unwrapped, folder)
         if not weights_only:
             trainer.optimizer.load_state_dict(_read(folder / "optimizer.pt"))
+            if accelerator.scaler is not None and (folder / "scaler.pt").exists():
+                accelerator.scaler.load_state_dict(_read(folder / "scaler.pt"))
     if (folder / "router_bias.safetensors").exists():
         stored = load_file(folder / "router_bias.safetensors")
         for name, bias in router_biases(trainer.unwrapped).items():

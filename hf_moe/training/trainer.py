@@ -249,7 +249,8 @@ class FinetuneTrainer:
                 norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
                 sums["grad_norm"] = norm.detach() / self.accelerator.num_processes  # summed over processes below
         self.optimizer.step()
-        self.scheduler.step()
+        if not self.accelerator.optimizer_step_was_skipped:  # by loss scaling
+            self.scheduler.step()
         self.optimizer.zero_grad()
 
     def _add_to_log(self, sums: dict[str, torch.Tensor], micro_batches) -> None:

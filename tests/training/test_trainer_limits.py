@@ -3,13 +3,15 @@
 import json
 
 import pytest
+import torch
 from accelerate import Accelerator
 from tiny import tiny_model
-from trainer_cases import options, some_rows, trained
+from trainer_cases import losses, options, some_rows, trained
 
 from hf_moe.training import FinetuneTrainer
 from hf_moe.training.callbacks import Callback
 from hf_moe.training.checkpoints import MANIFEST, STATE, list_checkpoints
+from hf_moe.training.trainer import make_accelerator
 
 pytest.importorskip("peft")
 
@@ -72,3 +74,24 @@ def test_a_best_model_that_was_not_kept_does_not_end_a_resumed_run_in_an_error(t
         run = trained(folder, some_rows(), held_out=held_out, **evaluation, **more)
     assert first.step == 3 and run.state.best_step in (4, 5)
     assert run.evaluate()["eval_loss"] == run.state.best_loss
+
+
+def test_loss_scaling_goes_on_where_it_was_and_skipped_steps_keep_their_rate(tmp_path):
+    """float16 under `accelerate launch --mixed_precision fp16`, with its scaler on the CPU."""
+
+    def run(name: str, **more):
+        args = options(tmp_path / name, max_grad_norm=0, save_strategy="steps", save_steps=3, max_steps=6, **more)
+        accelerator = make_accelerator(args)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # too much at first: steps are skipped
+        trainer = FinetuneTrainer(tiny_model(), args, some_rows(), accelerator=accelerator)
+        trainer.train()
+        return trainer
+
+    straight = run("straight")
+    scale, rates = straight.accelerator.scaler.get_scale(), [line["learning_rate"] for line in straight.log_lines]
+    assert 1 < scale < 2.0**127 and rates[0] == 1e-3 and rates[-1] > 0
+    resumed = run("resumed", resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-3"))
+    assert resumed.accelerator.scaler.get_scale() == scale
+    assert losses(resumed)[-3:] == losses(straight)[-3:]
+    for first, second in zip(straight.unwrapped.parameters(), resumed.unwrapped.parameters()):
+        assert torch.equal(first, second)
