@@ -10,7 +10,7 @@ from trainer_cases import losses, options, some_rows, trained
 
 from hf_moe.training import FinetuneTrainer
 from hf_moe.training.callbacks import Callback
-from hf_moe.training.checkpoints import MANIFEST, STATE, list_checkpoints
+from hf_moe.training.checkpoints import MANIFEST, STATE, check_checkpoint, list_checkpoints
 from hf_moe.training.trainer import make_accelerator
 
 pytest.importorskip("peft")
@@ -95,3 +95,25 @@ def test_loss_scaling_goes_on_where_it_was_and_skipped_steps_keep_their_rate(tmp
     assert losses(resumed)[-3:] == losses(straight)[-3:]
     for first, second in zip(straight.unwrapped.parameters(), resumed.unwrapped.parameters()):
         assert torch.equal(first, second)
+
+
+def test_a_checkpoint_of_fewer_processes_is_taken_up(tmp_path):
+    """The others keep the random state of their seed: what is optimised is the same but for dropout."""
+    straight = trained(tmp_path / "a", some_rows(), save_strategy="steps", save_steps=2)
+    checkpoint = tmp_path / "a" / "checkpoint-2"
+    (checkpoint / "rng_state_0.pt").unlink()
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    del manifest["files"]["rng_state_0.pt"]
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.warns(UserWarning, match="checkpoint-2 is of fewer processes: rng_state_0.pt is missing"):
+        resumed = trained(tmp_path / "b", some_rows(), resume_from_checkpoint=str(checkpoint))
+    assert losses(resumed) == losses(straight)[2:]
+
+
+def test_what_a_write_that_was_cut_off_left_does_not_stay_on_the_disk(tmp_path):
+    for name in ("checkpoint-3.tmp", "checkpoint-2", "checkpoint-2.old"):  # a run that went on from step 1
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "optimizer.pt").write_bytes(b"x")
+    trained(tmp_path, some_rows(), save_strategy="steps", save_steps=2, max_steps=2)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["checkpoint-2"]
+    check_checkpoint(tmp_path / "checkpoint-2")
