@@ -21,6 +21,8 @@ from .trainer import FinetuneTrainer, TrainResult, base_model
 
 CHART = "loss.png"
 MERGED = "merged"
+# What says what is in a folder: an adapter beside a whole model, or shards of two models, would be read as one.
+WEIGHTS = ("config.json", "model*.safetensors", "model.safetensors.index.json", "adapter_*", MERGED)
 
 
 def write_result(trainer: FinetuneTrainer, result: TrainResult) -> Path:
@@ -43,13 +45,27 @@ def write_result(trainer: FinetuneTrainer, result: TrainResult) -> Path:
             title = f"{_public_name(args.model_name_or_path)} on {_public_name(args.dataset_name)}"
             draw_losses(result.log, staging / CHART, title)
         write_card(staging / "README.md", trainer, result)
-        for path in sorted(staging.iterdir()):
-            os.replace(path, folder / path.name)
-        staging.rmdir()
+        put_in_place(staging, folder, anew=args.overwrite_output_dir and not args.resume_from_checkpoint)
         if args.merge_adapter:
             write_merged(trainer, result, folder / MERGED)
     accelerator.wait_for_everyone()
     return folder
+
+
+def put_in_place(staging: Path, folder: Path, anew: bool) -> None:
+    """Moves a complete result from `staging`; `anew`: what is left of the weights of another run goes."""
+    names = {path.name for path in staging.iterdir()}
+    for pattern in WEIGHTS if anew else ():
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in names:
+                path.unlink()
+    for path in sorted(staging.iterdir()):
+        if path.is_dir():  # of chat templates; a folder takes no other one's place
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+        os.replace(path, folder / path.name)
+    staging.rmdir()
 
 
 def whole_state(trainer: FinetuneTrainer) -> dict[str, torch.Tensor] | None:

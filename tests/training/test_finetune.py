@@ -21,6 +21,7 @@ from hf_moe.training.adapters import apply_lora
 from hf_moe.training.arguments import parse_arguments
 from hf_moe.training.charts import draw_losses
 from hf_moe.training.checkpoints import list_checkpoints
+from hf_moe.training.output import put_in_place
 from hf_moe.training.trainer import read_log
 
 peft = pytest.importorskip("peft")
@@ -309,6 +310,22 @@ def test_starting_anew_leaves_no_old_checkpoints(tmp_path):
     finetune(FinetuneArguments(max_steps=3, **more))
     finetune(FinetuneArguments(max_steps=1, overwrite_output_dir=True, **more))
     assert [folder.name for folder in list_checkpoints(tmp_path / "out")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("anew", [True, False])
+def test_a_result_takes_the_place_of_another_one(tmp_path, anew):
+    """Tokenizers may have a folder of templates, which no rename puts over another; weights of before go, if asked."""
+    out, staging = tmp_path / "out", tmp_path / "out" / ".result.tmp"
+    old = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "merged/config.json"]
+    new = ["adapter_config.json", "adapter_model.safetensors", "additional_chat_templates/tool.jinja"]
+    for folder, names in ((out, [*old, new[-1], "notes.txt"]), (staging, new)):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(str(folder))
+    put_in_place(staging, out, anew)
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert found == {*new, "notes.txt", *([] if anew else old)}
+    assert all((out / name).read_text() == str(staging) for name in new)
 
 
 def test_upload(tmp_path, monkeypatch):
