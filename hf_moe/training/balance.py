@@ -330,8 +330,11 @@ class RouterBalance:
         self._counts = {}
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
             dist.all_reduce(counts, group=self.process_group)
-        for row, router in zip(counts, self.routers.values()):
-            self._move_bias(router, row[: router.num_experts])
+        trained = {name for name, router in self.routers.items() if _is_trained(router)}
+        for row, (name, router) in zip(counts, self.routers.items()):
+            # Frozen beside others that are trained, as those of MTP layers may be, a router stays what it is.
+            if name in trained or not trained:
+                self._move_bias(router, row[: router.num_experts])
         self._window = counts if self._window is None else self._window + counts
         self._total = counts if self._total is None else self._total + counts
         self._loss_steps += 1
@@ -400,6 +403,10 @@ class RouterBalance:
         self._loss_sum, self._loss_steps = state["loss_sum"].to(device), state["loss_steps"]
         if state.get("first_bias_update_rate", self.options.bias_update_rate) == self.options.bias_update_rate:
             self.bias_update_rate = state["bias_update_rate"]
+
+
+def _is_trained(router: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in router.parameters())
 
 
 def _layer_index(router_name: str) -> int:

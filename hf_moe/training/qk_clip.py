@@ -154,8 +154,9 @@ class QKClip:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.process_group)
         self.last = largest
         for row, layer in zip(largest, self.layers.values()):
-            factor = (self.threshold / row[: layer.num_heads].clamp(min=self.threshold)).nan_to_num(nan=1.0)
-            clip_heads(layer, factor)
+            if layer.kv_b_proj.weight.requires_grad:  # not of an MTP layer that was frozen since
+                factor = (self.threshold / row[: layer.num_heads].clamp(min=self.threshold)).nan_to_num(nan=1.0)
+                clip_heads(layer, factor)
 
     def metrics(self) -> dict[str, float]:
         """`max_attention_logit` and `clipped_heads` (a share) of the last step that measured. Waits for the device."""

@@ -11,6 +11,7 @@ from trainer_cases import losses, options, some_rows, trained
 from hf_moe.training import FinetuneTrainer
 from hf_moe.training.callbacks import Callback
 from hf_moe.training.checkpoints import MANIFEST, STATE, check_checkpoint, list_checkpoints
+from hf_moe.training.router_callbacks import balance_callbacks
 from hf_moe.training.trainer import make_accelerator
 
 pytest.importorskip("peft")
@@ -117,3 +118,20 @@ def test_what_a_write_that_was_cut_off_left_does_not_stay_on_the_disk(tmp_path):
     trained(tmp_path, some_rows(), save_strategy="steps", save_steps=2, max_steps=2)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["checkpoint-2"]
     check_checkpoint(tmp_path / "checkpoint-2")
+
+
+def test_frozen_mtp_layers_are_left_alone_by_balance_and_qk_clip(tmp_path):
+    """Neither correction biases nor clipped projections are moved by a gradient that could be frozen."""
+    model = tiny_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    more = {"mtp": "freeze", "optim": "muonclip", "qk_clip_threshold": 1e-3, "router_bias_update_rate": 0.1}
+    callbacks = balance_callbacks(model, options(tmp_path, **more))
+    run = trained(tmp_path, some_rows(), model, callbacks=callbacks, **more)
+    assert run.log_lines[0]["clipped_heads"] == 1  # so that there was something to clip
+    (index, _), *_ = model.model.mtp_layers()
+    for name, tensor in model.state_dict().items():
+        moves = ("e_score_correction_bias", "kv_b_proj.weight", "gate_up_proj")
+        if f"layers.{index}." in name:
+            assert torch.equal(tensor, before[name]), name
+        elif name.endswith(moves):
+            assert not torch.equal(tensor, before[name]), name
