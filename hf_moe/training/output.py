@@ -156,7 +156,7 @@ def training_report(trainer: FinetuneTrainer, result: TrainResult, merged: bool 
         rows.append(("LoRA", f"r {args.lora_r}, alpha {args.lora_alpha} ({scale}), dropout {args.lora_dropout:g}"))
     weight = getattr(base_model(trainer.unwrapped).config, "mtp_loss_weight", None)
     if weight is not None:
-        rows.append(("MTP", f"{args.mtp}, weight {weight:g}"))
+        rows.append(("MTP", args.mtp if args.mtp == "skip" else f"{args.mtp}, weight {weight:g}"))
     evaluations = [line for line in result.log if "eval_loss" in line]
     if evaluations:
         rows.append(("held-out loss, first", f"{evaluations[0]['eval_loss']:.4f} at step {evaluations[0]['step']}"))

@@ -94,7 +94,7 @@ class FinetuneTrainer:
         self.state = TrainerState()
         self.micro_batch_share = 1.0
         self.log_lines: list[dict[str, float]] = []
-        set_mtp(model, args)
+        self._mtp_weight = set_mtp(model, args)
         if args.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         fill_deepspeed_config(self.accelerator, args)
@@ -178,6 +178,8 @@ class FinetuneTrainer:
         progress.close()
         if self.args.load_best_model_at_end and self.state.best_step is not None:
             load_checkpoint(self, self._best_folder(), weights_only=True)
+        if self.args.mtp == "skip" and self._mtp_weight is not None:
+            base_model(self.unwrapped).config.mtp_loss_weight = self._mtp_weight  # of the next training, not of this
         for callback in self.callbacks:
             callback.on_train_end(self)
         for tracker in getattr(self.accelerator, "trackers", ()):
@@ -528,16 +530,18 @@ def mtp_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for _, layer in layers for parameter in layer.parameters()]
 
 
-def set_mtp(model: torch.nn.Module, args: FinetuneArguments) -> None:
-    """Applies `--mtp` and `--mtp_loss_weight` to the model."""
+def set_mtp(model: torch.nn.Module, args: FinetuneArguments) -> float | None:
+    """Applies `--mtp` and `--mtp_loss_weight` to the model; returns the weight that a configuration should keep."""
     config = base_model(model).config
     if args.mtp_loss_weight is not None and hasattr(config, "mtp_loss_weight"):
         config.mtp_loss_weight = args.mtp_loss_weight
+    weight = getattr(config, "mtp_loss_weight", None)
     if args.mtp == "skip" and hasattr(config, "mtp_loss_weight"):
         config.mtp_loss_weight = 0.0
     if args.mtp != "train" or not getattr(config, "mtp_loss_weight", 0):
         for parameter in mtp_parameters(model):
             parameter.requires_grad_(False)
+    return weight
 
 
 @contextlib.contextmanager

@@ -127,6 +127,7 @@ def test_mtp_is_trained_frozen_or_skipped(tmp_path, mtp):
     moved = [not torch.equal(old, new) for old, new in zip(before, mtp_parameters(model))]
     assert len(before) > 5 and (all(moved) if mtp == "train" else not any(moved))
     line = run.log_lines[0]
+    assert model.config.mtp_loss_weight == 0.3  # what is saved: skipped now does not mean for ever
     if mtp == "skip":
         assert "mtp_loss_1" not in line and line["loss"] == line["main_loss"]
     else:
