@@ -3,12 +3,14 @@
 import torch
 from torch import nn
 
+from ..models.layer_head import LMHead
 from ..units import bytes_text
 from .arguments import FinetuneArguments
 from .lora import check_targets, mtp_targets
 from .partition import count_elements, whole_shape
 
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+ALL_LINEAR = "all-linear"
 
 
 def apply_lora(model: nn.Module, args: FinetuneArguments) -> nn.Module:
@@ -20,6 +22,8 @@ def apply_lora(model: nn.Module, args: FinetuneArguments) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     modules, parameters = args.lora_target_modules, args.lora_target_parameters
+    if modules == [ALL_LINEAR]:
+        modules = linear_modules(model)
     if args.lora_mtp == "only":
         if modules or parameters:
             raise ValueError("--lora_mtp only names its targets itself: leave --lora_target_* out")
@@ -41,6 +45,16 @@ def apply_lora(model: nn.Module, args: FinetuneArguments) -> nn.Module:
     )
     check_targets(model, config)
     return get_peft_model(model, config)
+
+
+def linear_modules(model: nn.Module) -> list[str]:
+    """The names of all linear modules but heads, as PEFT understands `all-linear`."""
+    heads = {id(model.get_output_embeddings())}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, LMHead) and id(module) not in heads
+    ]
 
 
 def without_mtp_layers(model: nn.Module, targets: list[str] | None) -> list[str]:

@@ -133,7 +133,8 @@ class FinetuneArguments:
     lora_alpha: int = option(32, "Scale: alpha / r, with rsLoRA alpha / sqrt(r).")
     lora_dropout: float = option(0.0, "Dropout of the factors' input.")
     lora_target_modules: list[str] | None = option(
-        None, "Linear modules by the end of their name; left out with --lora_target_parameters: attention."
+        None,
+        "Linear modules by the end of their names, or all-linear; left out with --lora_target_parameters: attention.",
     )
     lora_target_parameters: list[str] | None = option(
         None, "Stacked parameters by the end of their name; left out with --lora_target_modules: the experts."

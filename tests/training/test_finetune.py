@@ -276,6 +276,20 @@ def test_factors_in_mtp_layers(where):
             apply_lora(AutoModelForCausalLM.from_pretrained(DEMO_MODEL), args)
 
 
+def test_all_linear_modules_are_those_that_peft_would_take_but_heads_and_routers():
+    args = FinetuneArguments(
+        model_name_or_path="m", dataset_name="d", output_dir="o", use_peft=True, lora_target_modules="all-linear"
+    )
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32) for _ in range(2))
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(target_modules="all-linear"))
+    adapted = [
+        {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+        for model in (apply_lora(ours, args), theirs)
+    ]
+    expected = {name for name in adapted[1] if "head" not in name and not name.endswith(".gate")}
+    assert adapted[0] == expected and len(expected) > 40
+
+
 def test_fp8_checkpoints(tmp_path):
     """LoRA trains on block FP8 and merges into it; full fine-tuning says why not."""
     from transformers import AutoTokenizer, FineGrainedFP8Config
