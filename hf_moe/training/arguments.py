@@ -41,8 +41,8 @@ class FinetuneArguments:
     # --- data ---
     dataset_name: str = option("", "JSONL, Parquet, CSV or text file, a folder of them, or a Hub dataset.")
     dataset_config: str | None = option(None, "Configuration of a Hub dataset.", "--dataset_config_name")
-    dataset_split: str = option("train", "Split of a Hub dataset.", "--dataset_train_split")
-    dataset_test_split: str | None = option(None, "Split of the same Hub dataset to evaluate on.")
+    dataset_split: str = option("train", "Split of a Hub dataset, or of a folder.", "--dataset_train_split")
+    dataset_test_split: str | None = option(None, "Split of the same dataset to evaluate on.")
     eval_dataset_name: str | None = option(None, "Like --dataset_name, to evaluate on.")
     validation_split: float = option(0.0, "Fraction (below 1) or number of training samples put aside to evaluate on.")
     dataset_text_field: str = option("text", "Key of plain text.")

@@ -9,6 +9,7 @@ import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -261,7 +262,8 @@ def load_rows(tokenizer, args: FinetuneArguments) -> tuple[TokenRows, TokenRows 
     train, dropped = _encode_all(tokenizer, args, args.dataset_name, args.dataset_split, args.max_train_samples)
     held_out, name, split = None, args.eval_dataset_name, args.dataset_test_split
     if name or split:
-        split = split or args.dataset_split
+        if not split:  # that of the training data may be one of the Hub's
+            split = "train" if name and Path(name).exists() else args.dataset_split
         held_out, _ = _encode_all(tokenizer, args, name or args.dataset_name, split, args.max_eval_samples)
     elif args.validation_split:
         share = args.validation_split

@@ -18,6 +18,8 @@ from typing import Any
 TEXT, COMPLETION, CHAT = "text", "completion", "chat"
 JSON_SUFFIXES, TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson"), (".txt", ".text", ".md", ".rst")
 TABLE_SUFFIXES = (".parquet", ".csv", ".arrow")
+# How files and folders are named that hold a split.
+SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool"}
 
 
@@ -50,6 +52,8 @@ def read_samples(
     """
     path = Path(name).expanduser()
     if path.is_file():
+        if split != "train":
+            raise DataError(f"{name} is a file, which has no split {split!r}: name other data by --eval_dataset_name")
         samples = _read_file(path, text_field, sample_by)
     elif path.is_dir():
         samples = _read_folder(path, split, text_field, sample_by)
@@ -109,8 +113,32 @@ def _read_folder(path: Path, split: str, text_field: str, sample_by: str) -> Ite
     files = [file for file in files if not file.name.upper().startswith(("README.", "LICENSE."))]
     if not files:
         raise DataError(f"{path} holds no file of a kind that is known: {', '.join(known)}")
-    for file in files:
+    for file in _files_of_split(path, files, split):
         yield from _read_file(file, text_field, sample_by)
+
+
+def _files_of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
+    """All files, or where some are named after splits, as `test.jsonl` and `data/train-00000.parquet` are, those of
+    `split`: what is put aside must not be trained on."""
+    named: dict[str, list[Path]] = {}
+    for file in files:
+        for kind in {split, *SPLITS}:
+            if _names_split(file.relative_to(folder), kind):
+                named.setdefault(kind, []).append(file)
+    if split in named and (len(named) > 1 or split != "train"):
+        return named[split]
+    if split != "train" or "train" in named and len(named) > 1:
+        raise DataError(f"{folder} has no split {split!r}, but {', '.join(sorted(named)) or 'none at all'}")
+    return files
+
+
+def _names_split(path: Path, split: str) -> bool:
+    words = "|".join(map(re.escape, SPLITS.get(split, (split,))))
+    if any(re.fullmatch(words, part, re.IGNORECASE) for part in path.parts[:-1]):
+        return True
+    prose = path.suffix in (".md", ".rst")  # may speak of training and tests
+    pattern = rf"({words})" if prose else rf"({words})([^a-z].*)?|.*[^a-z]({words})"
+    return re.fullmatch(pattern, path.name.split(".")[0], re.IGNORECASE) is not None
 
 
 def _need_datasets(name: str | Path) -> None:

@@ -142,6 +142,36 @@ def test_text_files(tokenizer, tmp_path, sample_by, count):
     assert "last — line" in tokenizer.decode(only_row(data, count - 1)[0])
 
 
+SPLIT_FILES = ["data/train-00000.jsonl", "data/train-00001.jsonl", "test.jsonl.gz", "en_valid.json", "more.jsonl"]
+
+
+def test_files_of_a_folder_that_are_named_after_splits(tokenizer, tmp_path):
+    """What is put aside is not trained on, and is what is evaluated on; files are not evaluated on twice over."""
+    for name in SPLIT_FILES:
+        path = tmp_path / "all" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(path, "wt") if name.endswith("gz") else path.open("w") as file:
+            file.write(json.dumps({"text": name}) + "\n")
+
+    def texts(data):
+        return [tokenizer.decode(only_row(data, index)[0], skip_special_tokens=True) for index in range(len(data))]
+
+    for split, expected in {"test": [SPLIT_FILES[2]], "validation": [SPLIT_FILES[3]]}.items():
+        train, held_out = load_rows(tokenizer, options(tmp_path / "all", dataset_test_split=split))
+        assert texts(train) == SPLIT_FILES[:2] and texts(held_out) == expected
+    assert texts(load_rows(tokenizer, options(tmp_path / "all" / "data"))[0]) == SPLIT_FILES[:2]
+    for folder, split in (("all", "other"), ("all/data", "test")):
+        with pytest.raises(DataError, match=f"has no split '{split}', but .*train"):
+            load_rows(tokenizer, options(tmp_path / folder, dataset_test_split=split))
+    with pytest.raises(DataError, match="is a file, which has no split 'test': name other data by --eval_dataset_name"):
+        load_rows(tokenizer, options(tmp_path / "all" / "more.jsonl", dataset_test_split="test"))
+    prose = tmp_path / "prose"
+    prose.mkdir()
+    for name in ("how-to-train.md", "test-first.md"):
+        (prose / name).write_text(name)
+    assert len(list(read_samples(str(prose)))) == 2
+
+
 def test_a_hub_dataset_is_read_by_datasets(tokenizer, monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = []
