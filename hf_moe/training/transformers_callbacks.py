@@ -33,6 +33,8 @@ class _Watching(TrainerCallback):
         raise NotImplementedError
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.watched is not None:  # of a training that was interrupted
+            self.watched.detach()
         self.watched = self.make(model)
 
     def on_optimizer_step(self, args, state, control, **kwargs):

@@ -1,5 +1,6 @@
 """Router balance and QK-Clip under Transformers' own Trainer."""
 
+import pytest
 import torch
 from testing import assert_close
 from tiny import random_ids, tiny_model
@@ -85,3 +86,28 @@ def test_trainer_does_what_a_loop_does(tmp_path):
     assert "router_entropy" in next(line for line in trainer.state.log_history if "loss" in line)
     assert (tmp_path / "expert_load.png").stat().st_size > 1000
     assert model.auxiliary_loss is None
+
+
+def test_training_again_after_an_interruption(tmp_path):
+    """The one of before still watches the model, and would be in the way."""
+    rows = [{"input_ids": row, "labels": row} for row in random_ids(4, LENGTH)]
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True,
+        disable_tqdm=True,
+    )  # fmt: skip
+    model = tiny_model("deepseek_v3")
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=[Interrupt()])
+    callback = RouterBalanceCallback(OPTIONS, heat_map=None)
+    add_callbacks(trainer, callback, QKClipCallback(threshold=2.0))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    first = callback.watched
+    trainer.remove_callback(Interrupt)
+    trainer.train()
+    assert callback.watched is not first and callback.watched.load().num_tokens == 2 * 4 * LENGTH
+    assert first.load().num_tokens == 4 * LENGTH and model.auxiliary_loss is None
