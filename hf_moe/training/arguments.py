@@ -218,6 +218,10 @@ class FinetuneArguments:
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"--{name} must not be negative, got {value}")
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1 << 32:
+                raise ValueError(f"--{name} must be at least 0 and below 2**32, got {value}")
         if self.max_length < 2:
             raise ValueError(f"--max_length must be at least 2, got {self.max_length}")
         if not 0 <= self.lora_dropout < 1:

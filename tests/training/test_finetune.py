@@ -122,6 +122,8 @@ def test_wrong_values_of_a_configuration_file_are_named(tmp_path, text, message)
 BAD_OPTIONS = {
     "--max_step 4": r"no such option: --max_step; did you mean --max_steps\?",
     "--lora_dropout 1.5": "--lora_dropout must be at least 0 and below 1",
+    "--seed -1": "--seed must be at least 0 and below 2",
+    "--data_seed 4294967296": "--data_seed must be at least 0 and below 2",
     "--max_length 1": "--max_length must be at least 2",
     "--per_device_train_batch_size 0": "--per_device_train_batch_size must be at least 1",
     "--eval_strategy steps": "--eval_strategy needs data",
