@@ -176,17 +176,28 @@ def _public_name(name: str) -> str:
     return name if _is_hub_id(name) else Path(name).resolve().name
 
 
-def push(args: FinetuneArguments) -> str:
+def make_repository(args: FinetuneArguments) -> str:
+    """The repository to upload to, made if it is not there; its whole name. Before the training: a token that is wrong
+    or missing is better known then."""
+    from huggingface_hub import HfApi
+
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    api = HfApi(token=args.hub_token)
+    return api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
+
+
+def push(args: FinetuneArguments, repository: str) -> str:
     """Uploads the result, without checkpoints and trackers; returns the address of the commit."""
     from huggingface_hub import HfApi
 
-    api = HfApi(token=args.hub_token)
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
-    repository = api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
-    commit = api.upload_folder(
+    ignored = ["checkpoint-*", "checkpoint-*/**", "runs/**", "*.tmp", "*.tmp/**"]
+    folder, trackers = Path(args.output_dir).resolve(), Path(args.logging_dir or "runs").resolve()
+    if trackers.is_relative_to(folder):
+        ignored.append(f"{trackers.relative_to(folder).as_posix()}/**")
+    commit = HfApi(token=args.hub_token).upload_folder(
         repo_id=repository,
         folder_path=args.output_dir,
         commit_message="Fine-tuned with hf_moe",
-        ignore_patterns=["checkpoint-*", "checkpoint-*/**", "runs/**", "*.tmp", "*.tmp/**"],
+        ignore_patterns=ignored,
     )
     return str(commit)

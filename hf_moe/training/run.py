@@ -19,7 +19,7 @@ from .data import TokenRows, load_rows
 from .distributed import reads_once
 from .fp8_training import disable_fp8_training, enable_fp8_training
 from .lora import trained_table
-from .output import push, write_result
+from .output import make_repository, push, write_result
 from .partition import count_elements
 from .router_callbacks import balance_callbacks
 from .sources import DataError
@@ -64,6 +64,8 @@ def finetune(args: FinetuneArguments, callbacks: Sequence[Callback] = ()) -> Fin
     if accelerator.is_main_process and not args.resume_from_checkpoint:
         for folder in list_checkpoints(Path(args.output_dir)):  # there are some with --overwrite_output_dir alone
             shutil.rmtree(folder)
+    uploads = args.push_to_hub and accelerator.is_main_process
+    repository = make_repository(args) if uploads else ""
     torch.manual_seed(args.seed)  # before the factors are drawn
     # The others get the weights of the main process when FSDP2 has cut them.
     model = load_model(args, empty=reads_once(accelerator) and not accelerator.is_main_process)
@@ -83,7 +85,7 @@ def finetune(args: FinetuneArguments, callbacks: Sequence[Callback] = ()) -> Fin
         disable_fp8_training(model)
     folder = write_result(trainer, result)
     print_on_main(accelerator, f"written to {folder}")
-    commit = push(args) if args.push_to_hub and accelerator.is_main_process else None
+    commit = push(args, repository) if uploads else None
     if commit:
         print_on_main(accelerator, f"uploaded: {commit}")
     return FinetuneResult(folder, trainer.unwrapped, tokenizer, result, trainer, count, commit)

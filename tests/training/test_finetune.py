@@ -367,18 +367,25 @@ def test_upload(tmp_path, monkeypatch):
             return "https://hub/me/commit"
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    load_model = run_module.load_model
+    monkeypatch.setattr(
+        run_module, "load_model", lambda *given, **more: calls.append("model") or load_model(*given, **more)
+    )
     result = finetune(
         FinetuneArguments(
             model_name_or_path=str(DEMO_MODEL), dataset_name=write_data(tmp_path), output_dir=str(tmp_path / "mine"),
             max_steps=2, per_device_train_batch_size=1, use_peft=True, push_to_hub=True, hub_token="t", save_steps=1,
-            report_to=["tensorboard"], hub_private_repo=True, disable_tqdm=True, lora_target_modules=["o_proj"],
+            report_to=["tensorboard"], logging_dir=str(tmp_path / "mine" / "board"), hub_private_repo=True,
+            disable_tqdm=True, lora_target_modules=["o_proj"],
         )
     )  # fmt: skip
     assert result.commit == "https://hub/me/commit"
-    assert calls[:2] == ["t", ("mine", True, True)]
-    repository, files = calls[2]
+    # A token without the right to make a repository is known before the training.
+    assert calls[:-1] == ["t", ("mine", True, True), "model", "t"]
+    repository, files = calls[-1]
     assert repository == "me/mine" and "adapter_model.safetensors" in files and "README.md" in files
-    assert not any("checkpoint" in name or name.startswith("runs") for name in files)
+    assert not any("checkpoint" in name or name.startswith(("runs", "board")) for name in files)
+    assert list((tmp_path / "mine" / "board").rglob("*tfevents*"))
 
 
 def test_example_for_accelerate(tmp_path, monkeypatch):
