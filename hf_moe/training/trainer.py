@@ -297,6 +297,7 @@ class FinetuneTrainer:
             self._clock = (now, tokens)
             self.log(metrics)
             progress.set_postfix(loss=f"{metrics['loss']:.4f}")
+        paused = time.perf_counter()
         due = {"steps": step % args.eval_steps == 0, "epoch": end_of_epoch, "no": False}[args.eval_strategy]
         if self.eval_dataset is not None and (due or (last and args.eval_strategy != "no")):
             self._judge(self.evaluate()["eval_loss"])
@@ -305,6 +306,8 @@ class FinetuneTrainer:
         if due or best or (last and args.save_strategy != "no"):  # the last one, too: a longer run may go on from it
             save_checkpoint(self, self.output_dir / f"checkpoint-{step}")
             rotate(self.output_dir, args.save_total_limit, self.state.best_step, step, self.accelerator)
+        # Tokens a second are those of training: neither evaluation nor a checkpoint counts.
+        self._clock = (self._clock[0] + time.perf_counter() - paused, self._clock[1])
 
     def _judge(self, loss: float) -> None:
         state = self.state

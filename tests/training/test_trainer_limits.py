@@ -9,6 +9,7 @@ from tiny import tiny_model
 from trainer_cases import losses, options, some_rows, trained
 
 from hf_moe.training import FinetuneTrainer
+from hf_moe.training import trainer as trainer_module
 from hf_moe.training.callbacks import Callback
 from hf_moe.training.checkpoints import MANIFEST, STATE, check_checkpoint, list_checkpoints
 from hf_moe.training.router_callbacks import balance_callbacks
@@ -135,3 +136,21 @@ def test_frozen_mtp_layers_are_left_alone_by_balance_and_qk_clip(tmp_path):
             assert torch.equal(tensor, before[name]), name
         elif name.endswith(moves):
             assert not torch.equal(tensor, before[name]), name
+
+
+def test_tokens_a_second_are_those_of_training(tmp_path, monkeypatch):
+    now = [0.0]
+
+    class Clock(Callback):
+        def on_step_end(self, trainer):
+            now[0] += 2.0
+
+        def on_evaluate(self, trainer, metrics):
+            now[0] += 1000.0
+
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: now[0])
+    more = {"eval_strategy": "steps", "eval_steps": 1, "validation_split": 0.1}
+    run = trained(tmp_path, some_rows(), held_out=some_rows(2), callbacks=[Clock()], max_steps=3, **more)
+    lines = [line for line in run.log_lines if "tokens_per_second" in line]
+    tokens = [0, *(line["tokens"] for line in lines)]
+    assert [line["tokens_per_second"] for line in lines] == [(b - a) / 2 for a, b in zip(tokens, tokens[1:])]
