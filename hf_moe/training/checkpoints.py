@@ -114,7 +114,7 @@ def rotate(output_dir: Path, limit: int | None, best_step: int | None, step: int
 def run_identity(trainer: "FinetuneTrainer") -> dict[str, Any]:
     """What must be the same for a run to go on: the order of its data, and what is trained."""
     return {
-        "data": trainer.train_dataset.fingerprint(),
+        "data": trainer.train_dataset.fingerprint,
         "data_seed": trainer.order.seed,
         "rows_per_step": trainer.rows_per_step,
         "trained_parameters": count_elements(p for p in trainer.unwrapped.parameters() if p.requires_grad),

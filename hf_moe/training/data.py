@@ -5,92 +5,33 @@ samples with positions that start again at each; our models then keep attention 
 within a sample.
 """
 
-import bisect
+import importlib.util
+import os
+import shutil
+import tempfile
+import time
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from .arguments import FinetuneArguments
 from .chat import encode_chat
 from .sources import CHAT, COMPLETION, TEXT, DataError, Sample, read_samples
+from .token_rows import IGNORE_INDEX, TokenRows, pack, write_samples
 
-IGNORE_INDEX = -100
+__all__ = ["IGNORE_INDEX", "Collator", "Encoder", "RowOrder", "TokenRows", "load_rows", "pack"]
 
-
-@dataclass
-class TokenRows(Dataset):
-    """Rows of samples: `rows[i]` lists samples, sample s has `ids[starts[s]:starts[s + 1]]` and its labels."""
-
-    ids: np.ndarray  # (tokens,) int32
-    labels: np.ndarray  # (tokens,) int32
-    starts: np.ndarray  # (samples + 1,) int64
-    rows: list[list[int]]
-    packed: bool = False
-    dropped: Counter = field(default_factory=Counter)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(ids, labels) of every sample of a row, (length,) int64 each."""
-        parts = [slice(self.starts[sample], self.starts[sample + 1]) for sample in self.rows[index]]
-        return [
-            (torch.from_numpy(self.ids[part].astype(np.int64)), torch.from_numpy(self.labels[part].astype(np.int64)))
-            for part in parts
-        ]
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.starts) - 1
-
-    @property
-    def num_targets(self) -> int:
-        return int((self.labels != IGNORE_INDEX).sum())
-
-    def fingerprint(self) -> str:
-        """A short name of the content and its order."""
-        import hashlib
-
-        digest = hashlib.sha256()
-        for array in (self.ids, self.labels, self.starts, np.array([len(row) for row in self.rows])):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()[:16]
-
-    @classmethod
-    def from_samples(cls, samples: Iterable[tuple[list[int], list[int]]], max_length: int, packed: bool) -> "TokenRows":
-        """Rows of one sample, or packed ones of at most `max_length` tokens."""
-        ids, labels, lengths = [], [], []
-        for sample_ids, sample_labels in samples:
-            ids.append(np.asarray(sample_ids, dtype=np.int32))
-            labels.append(np.asarray(sample_labels, dtype=np.int32))
-            lengths.append(len(sample_ids))
-        rows = pack(lengths, max_length) if packed else [[sample] for sample in range(len(lengths))]
-        none = np.empty(0, dtype=np.int32)
-        return cls(
-            np.concatenate(ids or [none]), np.concatenate(labels or [none]), np.cumsum([0, *lengths]), rows, packed
-        )
-
-
-def pack(lengths: list[int], size: int) -> list[list[int]]:
-    """Best fit, the longest first: rows of sample indices whose lengths add up to at most `size`."""
-    rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (room, row), sorted
-    for sample in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        at = bisect.bisect_left(free, (lengths[sample], -1))
-        if at == len(free):
-            room, row = size, len(rows)
-            rows.append([])
-        else:
-            room, row = free.pop(at)
-        rows[row].append(sample)
-        bisect.insort(free, (room - lengths[sample], row))
-    return rows
+# Folders of tokens that a run which was killed left behind are deleted after so many days.
+_KEPT_DAYS = 30
 
 
 @dataclass
@@ -134,9 +75,10 @@ class RowOrder:
     num_rows: int
     seed: int
 
-    def permutation(self, epoch: int) -> list[int]:
+    def permutation(self, epoch: int) -> np.ndarray:
+        """(rows,) int64."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(self.num_rows, generator=generator).tolist()
+        return torch.randperm(self.num_rows, generator=generator).numpy()
 
     def micro_batches(
         self, first_step: int, last_step: int, accumulation: int, batch_size: int, world: int = 1, rank: int = 0
@@ -146,7 +88,7 @@ class RowOrder:
         The rows of a step do not depend on how they are divided among micro-batches and processes.
         """
         size = accumulation * batch_size * world
-        epoch, order = -1, []
+        epoch, order = -1, np.empty(0, dtype=np.int64)
         for step in range(first_step, last_step):
             for turn in range(accumulation):
                 first = step * size + (turn * world + rank) * batch_size
@@ -155,7 +97,7 @@ class RowOrder:
                     if position // self.num_rows != epoch:
                         epoch = position // self.num_rows
                         order = self.permutation(epoch)
-                    rows.append(order[position % self.num_rows])
+                    rows.append(int(order[position % self.num_rows]))
                 yield rows
 
 
@@ -253,41 +195,112 @@ class Encoder:
                 yield ids[start : start + limit], learn[start : start + limit]
 
 
-def load_rows(tokenizer, args: FinetuneArguments) -> tuple[TokenRows, TokenRows | None]:
+def load_rows(
+    tokenizer, args: FinetuneArguments, accelerator: Accelerator | None = None
+) -> tuple[TokenRows, TokenRows | None]:
     """Rows to train on and, if the options name any, rows to evaluate on.
 
+    One process of each machine tokenises, into files in the cache of `datasets`, and all read those. The files go with
+    the rows, or when the process ends. With an `accelerator` every process calls it.
+
     Raises:
-        DataError: naming file and line, for data that cannot be trained on.
+        DataError: naming file and line, for data that cannot be trained on; on every process.
     """
-    train, dropped = _encode_all(tokenizer, args, args.dataset_name, args.dataset_split, args.max_train_samples)
-    held_out, name, split = None, args.eval_dataset_name, args.dataset_test_split
+    if importlib.util.find_spec("datasets") is None:
+        raise ImportError("the tokens of training data are kept on the disk by datasets: pip install 'hf-moe[train]'")
+    from datasets import Dataset as Samples
+
+    writes = accelerator is None or accelerator.is_local_main_process
+    folder = Path(_from_main(_make_folder() if accelerator is None or accelerator.is_main_process else "", accelerator))
+    dropped, error = Counter(), None
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        keeper = _Folder(folder)
+        try:
+            dropped = _write_all(tokenizer, args, folder)
+        except DataError as found:
+            error = found
+    message = _from_main(str(error or ""), accelerator)
+    if error is not None:
+        raise error
+    if message:
+        raise DataError(message)
+    files = {name: Samples.from_file(str(folder / name)) for name in ("train", "held_out") if (folder / name).exists()}
+    train, held_out = files["train"], files.get("held_out")
+    train_part, held_out_part = _validation_split(args, len(train))
+    if held_out_part is not None:
+        held_out = train
+    rows = TokenRows.from_dataset(train, args.max_length, args.packing, train_part)
+    rows.dropped = Counter(_from_main(dict(dropped), accelerator))
+    others = None
+    if held_out is not None:
+        others = TokenRows.from_dataset(held_out, args.max_length, args.packing, held_out_part)
+    if writes:
+        rows.keeper = keeper
+        if others is not None:
+            others.keeper = keeper
+    return rows, others
+
+
+class _Folder:
+    """A folder that is deleted when nobody holds this any more; copies of it in other processes delete nothing."""
+
+    def __init__(self, path: Path):
+        weakref.finalize(self, _delete_own, path, os.getpid())
+
+
+def _delete_own(folder: Path, process: int) -> None:
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_folder() -> str:
+    from datasets import config
+
+    parent = Path(config.HF_DATASETS_CACHE) / "hf_moe"
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.glob("tokens-*"):  # by a run that was killed
+        if time.time() - left.stat().st_mtime > _KEPT_DAYS * 24 * 3600:
+            shutil.rmtree(left, ignore_errors=True)
+    return tempfile.mkdtemp(prefix="tokens-", dir=parent)
+
+
+def _from_main(value: Any, accelerator: Accelerator | None) -> Any:
+    """What the main process has, on every process, which waits for it."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return value
+    accelerator.wait_for_everyone()
+    return broadcast_object_list([value])[0]
+
+
+def _write_all(tokenizer, args: FinetuneArguments, folder: Path) -> Counter:
+    """Writes the files `train` and, where there is data of its own for it, `held_out`; what was left out or cut."""
+    dropped = _write(tokenizer, args, folder / "train", args.dataset_name, args.dataset_split, args.max_train_samples)
+    name, split = args.eval_dataset_name, args.dataset_test_split
     if name or split:
         if not split:  # that of the training data may be one of the Hub's
             split = "train" if name and Path(name).exists() else args.dataset_split
-        held_out, _ = _encode_all(tokenizer, args, name or args.dataset_name, split, args.max_eval_samples)
-    elif args.validation_split:
-        share = args.validation_split
-        count = round(share * len(train)) if share < 1 else int(share)
-        if not 0 < count < len(train):
-            raise DataError(f"--validation_split {share:g} of {len(train)} samples leaves one side empty")
-        order = RowOrder(len(train), args.seed if args.data_seed is None else args.data_seed).permutation(-1)
-        chosen = set(order[:count])
-        held_out = [sample for index, sample in enumerate(train) if index in chosen][: args.max_eval_samples]
-        train = [sample for index, sample in enumerate(train) if index not in chosen]
-    rows = TokenRows.from_samples(train, args.max_length, args.packing)
-    rows.dropped = dropped
-    if held_out is None:
-        return rows, None
-    return rows, TokenRows.from_samples(held_out, args.max_length, args.packing)
+        _write(tokenizer, args, folder / "held_out", name or args.dataset_name, split, args.max_eval_samples)
+    return dropped
 
 
-def _encode_all(tokenizer, args: FinetuneArguments, name: str, split: str, limit: int | None):
+def _write(tokenizer, args: FinetuneArguments, path: Path, name: str, split: str, limit: int | None) -> Counter:
     samples = read_samples(name, args.dataset_config, split, args.dataset_text_field, args.sample_by, limit)
     encoder = Encoder(tokenizer, args)
     shown = tqdm(encoder(samples), desc=f"reading {name}", unit=" samples", disable=args.disable_tqdm)
-    # Lists of Python's integers would take ten times the memory.
-    encoded = [(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32)) for ids, labels in shown]
-    if not encoded:
+    if not write_samples(path, shown):
         left_out = ", ".join(f"{count} {what}" for what, count in encoder.dropped.items())
         raise DataError(f"{name}: no sample is left to learn from ({left_out})")
-    return encoded, encoder.dropped
+    return encoder.dropped
+
+
+def _validation_split(args: FinetuneArguments, count: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Indices of the samples to train on and to evaluate on; `None` for all, and for none."""
+    share = args.validation_split
+    if not share or args.eval_dataset_name or args.dataset_test_split:
+        return None, None
+    put_aside = round(share * count) if share < 1 else int(share)
+    if not 0 < put_aside < count:
+        raise DataError(f"--validation_split {share:g} of {count} samples leaves one side empty")
+    order = RowOrder(count, args.seed if args.data_seed is None else args.data_seed).permutation(-1)
+    return np.sort(order[put_aside:]), np.sort(order[:put_aside])[: args.max_eval_samples]

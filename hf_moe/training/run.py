@@ -59,7 +59,7 @@ def finetune(args: FinetuneArguments, callbacks: Sequence[Callback] = ()) -> Fin
         )
     tokenizer = load_tokenizer(args)
     check_length(args)
-    train, held_out = load_rows(tokenizer, args)
+    train, held_out = load_rows(tokenizer, args, accelerator)
     print_on_main(accelerator, describe("train", train), *([describe("held out", held_out)] if held_out else []))
     if accelerator.is_main_process and not args.resume_from_checkpoint:
         for folder in list_checkpoints(Path(args.output_dir)):  # there are some with --overwrite_output_dir alone
@@ -163,7 +163,7 @@ def load_model(args: FinetuneArguments, empty: bool = False) -> torch.nn.Module:
 
 def describe(name: str, data: TokenRows) -> str:
     """A line on rows of data."""
-    text = f"{name}: {data.num_samples:,} samples, {len(data.ids):,} tokens, {data.num_targets:,} to learn"
+    text = f"{name}: {data.num_samples:,} samples, {data.num_tokens:,} tokens, {data.num_targets:,} to learn"
     if data.packed:
         text += f", packed into {len(data):,} rows"
     return text + "".join(f", {count:,} {what}" for what, count in sorted(data.dropped.items()))
