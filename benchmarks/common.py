@@ -20,15 +20,23 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def time_interleaved(
-    cases: dict[str, Callable[[], object]], repeats: int, device: str = "cpu", block: int = 1
+    cases: dict[str, Callable[[], object]],
+    repeats: int,
+    device: str = "cpu",
+    block: int = 1,
+    warm_ups: dict[str, Callable[[], object]] | None = None,
 ) -> dict[str, float]:
     """Median seconds of each case, see `time_turns`."""
-    seconds = time_turns(cases, repeats, device, block)
+    seconds = time_turns(cases, repeats, device, block, warm_ups)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def time_turns(
-    cases: dict[str, Callable[[], object]], repeats: int, device: str = "cpu", block: int = 1
+    cases: dict[str, Callable[[], object]],
+    repeats: int,
+    device: str = "cpu",
+    block: int = 1,
+    warm_ups: dict[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each case, turn by turn. The cases take turns, in a new order each time, so that a change of the
     machine's speed and the caches that another case leaves behind meet all of them.
@@ -38,12 +46,15 @@ def time_turns(
         repeats: turns of each case, after one that warms up.
         device: waits for it before the clock is read, unless it is the CPU.
         block: calls of a case in a row, each timed: for steps that follow one another in use, as in decoding.
+        warm_ups: what is called in the turn that warms up, in place of a case that takes long.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     order, shuffler = list(cases.items()), random.Random(0)
     for turn in range(repeats + 1):
         shuffler.shuffle(order)
         for name, case in order:
+            if turn == 0 and warm_ups is not None:
+                case = warm_ups.get(name, case)
             for _ in range(block):
                 if device != "cpu":
                     torch.cuda.synchronize()

@@ -47,6 +47,11 @@ def step(name: str, inputs) -> torch.Tensor:
     return loss.detach()
 
 
+def kept_step(name: str, inputs, values: dict[str, list[torch.Tensor]]) -> None:
+    """`step`, whose loss and gradients stay in `values` to be compared."""
+    values[name] = [step(name, inputs), inputs[0].grad, inputs[1].grad]
+
+
 def peak_bytes(args, name: str, tokens: int) -> int:
     """Peak above inputs, in this process; the gradients of the inputs are part of it."""
     inputs = prepare(args, tokens)
@@ -78,7 +83,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=129280)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--peak-of", choices=CASES, help=argparse.SUPPRESS)
@@ -88,16 +93,14 @@ def main() -> None:
         return
     rows = []
     for tokens in args.tokens:
-        inputs = prepare(args, tokens)
-        values = {}
-        for name in CASES:
-            values[name] = [step(name, inputs), inputs[0].grad.clone(), inputs[1].grad.clone()]
+        inputs, values = prepare(args, tokens), {}
+        cases = {name: partial(kept_step, name, inputs, values) for name in CASES}
+        warm_ups = {name: partial(step, name, prepare(args, 64)) for name in CASES}
+        median = time_interleaved(cases, args.repeats, args.device, warm_ups=warm_ups)
         for ours, expected in zip(values["pieces"], values["whole"]):
             error = (ours.float() - expected.float()).norm() / expected.float().norm()
             assert error < (1e-5 if args.dtype == "float32" else 2e-2), f"wrong by {error:.1e}"
         del values
-        cases = {name: partial(step, name, inputs) for name in CASES}
-        median = time_interleaved(cases, args.repeats, args.device)
         logits = tokens * args.vocab * 4
         row = {"tokens": tokens, "float32 logits MB": logits / 1e6}
         peaks = {name: peak_in_own_process(args, name, tokens) for name in CASES}

@@ -45,6 +45,7 @@ OURS = {
 DECODINGS = (*OURS, "native plain", "native MTP")
 # Steps whose passes are timed together.
 PASSES = 60
+WARM_UP_TOKENS = 8
 # What tells rows apart.
 KEYS = ("model", "tokens", "batch", "decoding")
 
@@ -110,7 +111,7 @@ def pass_cases(model, context: int, tokens_per_step: float, prompts: list[torch.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 192])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--models", nargs="+", choices=("demo", "random"), default=["demo", "random"])
     parser.add_argument("--decodings", nargs="+", choices=DECODINGS, default=DECODINGS, help="beside plain")
@@ -137,7 +138,7 @@ def measure(name, ours, native, all_ids, all_mask, batch: int, tokens: int, args
         groups = [tuple(part.repeat(batch // len(all_ids), 1) for part in (all_ids, all_mask))]
     reports = {}
 
-    def run(model, key: str, options: dict):
+    def run(model, key: str, options: dict, tokens: int = tokens):
         def call():
             outputs = [
                 model.generate(
@@ -150,17 +151,19 @@ def measure(name, ours, native, all_ids, all_mask, batch: int, tokens: int, args
 
         return call
 
-    decodings = {"plain": run(ours, "plain", {})}
-    decodings |= {key: run(ours, key, options) for key, options in OURS.items()}
+    models = {key: (ours, key, options) for key, options in {"plain": {}, **OURS}.items()}
     if batch == 1:
-        decodings |= {"native plain": run(native, "native plain", {})}
-        decodings |= {"native MTP": run(native, "native MTP", {"use_mtp": True})}
-    decodings = {key: call for key, call in decodings.items() if key == "plain" or key in args.decodings}
+        models["native plain"] = native, "native plain", {}
+        models["native MTP"] = native, "native MTP", {"use_mtp": True}
+    models = {key: given for key, given in models.items() if key == "plain" or key in args.decodings}
+    decodings = {key: run(*given) for key, given in models.items()}
     passes = {}
     if batch == 1 and "two drafts" in decodings:
         decodings["two drafts"]()  # says how many tokens a step yields
         passes = pass_cases(ours, all_ids.shape[1] + tokens // 2, tokens_per_step(reports["two drafts"]), prompts)
-    seconds = time_turns({**decodings, **passes}, args.repeats, args.device)
+    # The adaptive schedule, which learns, is warmed up in full.
+    short = {key: run(*given, tokens=WARM_UP_TOKENS) for key, given in models.items() if key != "adaptive"}
+    seconds = time_turns({**decodings, **passes}, args.repeats, args.device, warm_ups=short)
     generated = len(groups) * batch * (tokens - 1)
     rows = []
     for key in decodings:
