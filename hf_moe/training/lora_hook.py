@@ -2,7 +2,8 @@
 
 PEFT makes the layer around a target in `LoraModel._create_new_module`. Once PEFT is imported, that function asks us
 first: targets inside of our experts, and linear layers with FP8 weights, get the layers of `lora_layers`; everything
-else is made as before. Nothing here imports PEFT; a finder on `sys.meta_path` waits until somebody else does.
+else is made as before. So does `get_tp_plan_and_mesh`, which says how tensor parallelism cuts factors. Nothing here
+imports PEFT; a finder on `sys.meta_path` waits until somebody else does.
 """
 
 from __future__ import annotations
@@ -77,3 +78,22 @@ def extend(module: ModuleType) -> None:
 
     _create_new_module.hf_moe_original = original
     model_class._create_new_module = staticmethod(_create_new_module)
+    _keep_factors_whole(module)
+
+
+def _keep_factors_whole(module: ModuleType) -> None:
+    """Under tensor parallelism PEFT cuts factors as their weight is cut. It cannot do that for parameters, and our
+    experts' factors stay whole (`lora_parallel`): nothing is planned for them."""
+    original = getattr(module, "get_tp_plan_and_mesh", None)
+    if original is None:
+        return
+
+    @functools.wraps(original)
+    def get_tp_plan_and_mesh(model, current_key: str):
+        from .lora_layers import is_expert_weight
+
+        owner, _, name = current_key.rpartition(".")
+        ours = is_expert_weight(dict(model.named_modules()).get(owner), name)
+        return (None, None) if ours else original(model, current_key)
+
+    module.get_tp_plan_and_mesh = get_tp_plan_and_mesh

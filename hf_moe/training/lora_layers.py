@@ -23,9 +23,10 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..models.op_quant import dequantize_block_fp8, quantize_block_fp8
-from .lora_parallel import call_with_own_factors, check_sharding, is_shared_out
+from .lora_parallel import call_with_own_factors, check_sharding, is_shared_out, share_of
 
 # Since PEFT 0.19 layers take the configuration as one argument; before, field by field.
 _TAKES_CONFIG = "config" in inspect.signature(PeftParamWrapper.__init__).parameters
@@ -37,11 +38,17 @@ def create_layer(config, adapter_name: str, target: nn.Module, **kwargs) -> nn.M
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     name = kwargs.pop("parameter_name", None)
     options = {"config": config, **kwargs} if _TAKES_CONFIG else kwargs
-    if name in _EXPERT_WEIGHTS and hasattr(type(base), "lora_class"):
+    if is_expert_weight(base, name):
         return ParamWrapper(target, adapter_name, parameter_name=name, **options)
     if name is None and isinstance(base, nn.Linear) and getattr(base, "fp8", None) is not None:
         return Linear(target, adapter_name, **options)
     return None
+
+
+def is_expert_weight(owner: nn.Module | None, name: str | None) -> bool:
+    """Whether `name` is a stack of our experts `owner`, which may be inside of wrappers."""
+    base = owner.get_base_layer() if isinstance(owner, BaseTunerLayer) else owner
+    return name in _EXPERT_WEIGHTS and hasattr(type(base), "lora_class")
 
 
 def _option(kwargs: dict[str, Any], name: str, default: Any) -> Any:
@@ -77,13 +84,23 @@ class _Merging:
         return (b[index].to(dtype) @ a[index].to(dtype)) * self.scaling[adapter]
 
     def _matrices(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-        """Each (O, I) matrix of the weight and its scale, as views."""
-        _, weight, scale = self._weight()
+        """Each (O, I) matrix of the weight and its scale, as views; of experts that ranks share out, what is here.
+
+        Raises:
+            ValueError: for weights that are only put together while they are used.
+        """
+        name, weight, scale = self._weight()
+        first = 0
+        if isinstance(weight, DTensor):
+            if weight.dim() == 2 or not is_shared_out(self.get_base_layer()):
+                raise ValueError(f"{name} is sharded by FSDP2: merge the adapter in one process (`hf-moe merge`).")
+            first = share_of(self.get_base_layer()).experts.start or 0
+            weight, scale = weight.to_local(), scale.to_local() if isinstance(scale, DTensor) else scale
         if weight.dim() == 2:
             yield 0, weight.data, None if scale is None else scale.data
             return
         for index in range(weight.shape[0]):
-            yield index, weight.data[index], None if scale is None else scale.data[index]
+            yield first + index, weight.data[index], None if scale is None else scale.data[index]
 
     def _sum(self, names: list[str], index: int, weight: torch.Tensor, scale: torch.Tensor | None, sign: float = 1.0):
         if scale is None:
@@ -210,7 +227,16 @@ class ParamWrapper(_Merging, PeftParamWrapper):  # PEFT asks for this name when 
         """B A of all experts, (E, O, I): of the size of the weight. Nothing here calls it."""
         _, weight, scale = self._weight()
         dtype = weight.dtype if scale is None else torch.float32
-        return torch.stack([self._delta(adapter_name, index, dtype) for index in range(self.num_experts)])
+        return torch.stack([super()._delta(adapter_name, index, dtype) for index in range(self.num_experts)])
+
+    def _delta(self, adapter: str, index: int, dtype: torch.dtype) -> torch.Tensor:
+        delta, base = super()._delta(adapter, index, dtype), self.get_base_layer()
+        if not is_shared_out(base):
+            return delta
+        inner = share_of(base).inner
+        if self.parameter_name == "down_proj":
+            return delta[:, inner]
+        return delta.unflatten(0, (2, -1))[:, inner].flatten(0, 1)
 
     def forward(self, x: torch.Tensor, *args: Any, lora=None, **kwargs: Any) -> torch.Tensor:
         """(T, H) to (T, H); `args` are the ids and weights of the choices, `lora` the factors of a wrapper outside."""

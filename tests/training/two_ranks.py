@@ -28,10 +28,15 @@ from hf_moe.training.qk_clip import QKClip  # noqa: E402
 STEPS, ROWS, LENGTH = 2, 4, 5  # rows of all ranks and micro-batches; so few tokens that experts get none
 DDP_FAMILIES = ("deepseek_v3", "deepseek_v2", "longcat_flash", "step3")
 ADAPTER_FAMILIES = ("deepseek_v3", "longcat_flash", "step3")
+ADAPTERS = [(kind, family) for kind in ("ddp", "ep", "tp") for family in ADAPTER_FAMILIES] + [
+    ("ep", "fp8"),
+    ("tp", "even"),
+]
 EXPERT_PARALLEL = ("deepseek_v3", "longcat_flash", "step3", "fp8")
 # FP8 checkpoints: goldens, whose widths leave ranks with padding, and one with several blocks to a rank.
 TENSOR_PARALLEL = ("v3_fp8", "longcat_fp8", "step3_fp8", "blocks")
 BLOCKS = {"hidden_size": 136, "intermediate_size": 512, "moe_intermediate_size": 600, "vocab_size": 128}
+EVEN = {**BLOCKS, "moe_intermediate_size": 512}  # two blocks of FP8 experts to a rank
 OPTIONS = {
     "deepseek_v3": BalanceOptions(bias_update_rate=0.01, sequence_loss=0.1),
     "deepseek_v2": BalanceOptions(expert_loss=0.1, device_loss=0.1, communication_loss=0.1),
@@ -188,13 +193,18 @@ def with_adapter(model):
     return model
 
 
-def adapter(family: str, folder: Path | None, rank: int) -> dict:
-    """Two steps of LoRA: under DDP, or (with a folder) on a model whose experts are shared out."""
-    model = make_model(family) if folder is None else load_by_expert(folder / f"{family}_checkpoint").train()
+def adapter(kind: str, family: str, folder: Path, rank: int) -> dict:
+    """Two steps of LoRA, and what is merged: under DDP, or on a model whose experts are shared out, or cut."""
+    if kind == "ddp":
+        model = make_model(family)
+    else:
+        load = load_by_expert if kind == "ep" else load_cut
+        model = load(folder / f"{family}_checkpoint").train()
     model = with_adapter(model)
-    wrapped = DistributedDataParallel(model) if folder is None else model
-    world, rank = (2, rank) if folder is None else (1, 0)
-    return {"losses": train_adapter(wrapped, rank, world), "state": adapter_state(model)}
+    wrapped = DistributedDataParallel(model) if kind == "ddp" else model
+    world, rank = (2, rank) if kind == "ddp" else (1, 0)
+    result = {"losses": train_adapter(wrapped, rank, world), "state": adapter_state(model)}
+    return {**result, "merged": evaluate(model.merge_and_unload(safe_merge=True), random_ids(2, 13, high=60))}
 
 
 def adapter_state(model) -> dict[str, torch.Tensor]:
@@ -214,6 +224,13 @@ def train_adapter(model, rank: int = 0, world: int = 1) -> list[float]:
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def load_cut(path: Path):
+    """The checkpoint with the inner width of its experts cut among both ranks."""
+    return AutoModelForCausalLM.from_pretrained(
+        path, distributed_config=DistributedConfig(tp_size=2), dtype=torch.float32
+    )
 
 
 def load_by_expert(path: Path):
@@ -307,11 +324,9 @@ def main(folder: Path) -> None:
         results[f"tp {family}"] = tensor_parallel(family, folder, rank)
     results["tp on load"] = quantized_on_load(folder, rank)
     results["refused"] = refused(folder)
-    results["ep lora fp8"] = adapter("fp8", folder, rank)
-    for family in ADAPTER_FAMILIES:
-        results[f"ddp lora {family}"] = adapter(family, None, rank)
-        if (folder / f"{family}_checkpoint").exists():
-            results[f"ep lora {family}"] = adapter(family, folder, rank)
+    for kind, family in ADAPTERS:
+        if kind == "ddp" or (folder / f"{family}_checkpoint").exists():
+            results[f"{kind} lora {family}"] = adapter(kind, family, folder, rank)
     for optimizer in ("sgd", "muon"):
         results[f"fsdp2 {optimizer}"] = fully_sharded(optimizer, folder, rank)
     torch.save(results, folder / f"rank{rank}.pt")
