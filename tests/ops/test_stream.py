@@ -20,6 +20,7 @@ class CudaTensor:
     """What `branch` asks of a tensor on a GPU."""
 
     is_cuda = True
+    requires_grad = False
     device = torch.device("cuda", 0)
 
     def __init__(self, name: str, log: list):
@@ -82,3 +83,19 @@ def test_at_once_where_a_stream_would_not_do(log, reason, monkeypatch):
     assert not op_stream.can_branch(tensor)
     wait = op_stream.branch(lambda value: log.append("work") or value, tensor)
     assert log == ["work"] and wait() is tensor and log == ["work"]
+
+
+def test_gradients_of_weights_are_added_up_before_those_of_the_inputs_leave_the_branch():
+    """In the order of autograd, which is that of the kernels on the branch's stream and of the event behind them: a
+    weight that is multiplied first, with a gradient from before, and one that is used behind a view of its own."""
+    log = []
+    source = torch.randn(3, 4, requires_grad=True)
+    weights = [torch.randn(4, 4, requires_grad=True) for _ in range(2)]
+    for index, weight in enumerate(weights):
+        weight.grad = torch.zeros_like(weight)
+        weight.register_post_accumulate_grad_hook(lambda _, index=index: log.append(f"weight {index}"))
+    entered = op_stream._entered(source * 2)
+    entered.grad_fn.register_prehook(lambda _: log.append("leaves"))
+    (entered @ weights[0] @ weights[1].t().contiguous()).sum().backward()
+    assert sorted(log[:2]) == ["weight 0", "weight 1"] and log[2:] == ["leaves"]
+    assert op_stream._entered(weights[0].detach()).grad_fn is None
