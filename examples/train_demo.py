@@ -439,11 +439,8 @@ def xz_bits_per_byte(files: list[SourceFile]) -> dict[str, float]:
 
 
 def save_folder(model: DeepseekV3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the bfloat16 checkpoint with its code and tokenizer."""
-    biases = [router.e_score_correction_bias.clone() for router in routers(model)]
+    """Write the bfloat16 checkpoint with its code and tokenizer; routers keep their biases in float32."""
     model.to(torch.bfloat16)
-    for router, bias in zip(routers(model), biases, strict=True):
-        router.e_score_correction_bias = bias  # checkpoints of this family keep it in float32: rounding it moves routes
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -568,6 +565,7 @@ def publish(staging: Path, output_dir: Path) -> None:
     """Put the finished folder in place of what was there, which must be a model folder or empty."""
     if output_dir.exists():
         old = output_dir.with_name(output_dir.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here; no folder takes the place of a full one
         os.replace(output_dir, old)
         os.replace(staging, output_dir)
         shutil.rmtree(old)
