@@ -18,7 +18,7 @@ from tiny_step3 import text_model  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config  # noqa: E402
 from transformers.distributed import DistributedConfig  # noqa: E402
 
 from hf_moe.training.balance import BalanceOptions, RouterBalance  # noqa: E402
@@ -227,10 +227,12 @@ def train_adapter(model, rank: int = 0, world: int = 1) -> list[float]:
 
 
 def load_cut(path: Path):
-    """The checkpoint with the inner width of its experts cut among both ranks."""
-    return AutoModelForCausalLM.from_pretrained(
-        path, distributed_config=DistributedConfig(tp_size=2), dtype=torch.float32
-    )
+    """The checkpoint with the inner width of its experts cut among both ranks, as the model's plan has it. Heads stay
+    whole: some releases of Transformers cut only those of an even vocabulary."""
+    plan = AutoConfig.from_pretrained(path).base_model_tp_plan
+    experts = {f"model.{name}": style for name, style in plan.items() if ".experts" in name}
+    config = DistributedConfig(tp_size=2, tp_plan=experts)
+    return AutoModelForCausalLM.from_pretrained(path, distributed_config=config, dtype=torch.float32)
 
 
 def load_by_expert(path: Path):
