@@ -35,9 +35,10 @@ def activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu_tanh":  # (1 + tanh(u)) / 2 is sigmoid(2 u)
         value = x / (1 + tl.exp(-x * (1.5957691216057308 + 0.07135481627159521 * x * x)))
     elif ACTIVATION == "relu":
-        value = tl.maximum(x, 0.0)
+        value = tl.where(x < 0, 0.0, x)  # what is no number stays so
     elif ACTIVATION == "relu2":
-        value = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+        root = tl.where(x < 0, 0.0, x)
+        value = root * root
     else:
         tl.static_assert(ACTIVATION == "silu")
         value = x / (1 + tl.exp(-x))
@@ -56,10 +57,10 @@ def activate_with_slope(x, ACTIVATION: tl.constexpr):
         value = x * share
         slope = share + value * (1 - share) * (1.5957691216057308 + 0.21406444881478564 * x * x)
     elif ACTIVATION == "relu":
-        value = tl.maximum(x, 0.0)
+        value = tl.where(x < 0, 0.0, x)
         slope = tl.where(x > 0, 1.0, 0.0)
     elif ACTIVATION == "relu2":
-        root = tl.maximum(x, 0.0)
+        root = tl.where(x < 0, 0.0, x)
         value = root * root
         slope = 2 * root
     else:

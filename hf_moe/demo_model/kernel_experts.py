@@ -26,19 +26,28 @@ Shapes: T tokens, K choices per token, E experts, H hidden, I intermediate, N = 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .kernel_activation import activate, limit_gate
+from .kernel_products import (
+    _SCALE_BLOCK,
+    as_bytes,
+    expert_tile,
+    halves,
+    lora_sum,
+    product,
+    product_pair,
+    tile_slots,
+    weight_kind,
+    weight_options,
+)
 from .kernel_routing import Layout
-from .kernel_tiles import FP8, FP8_BITS, PLAIN, SCALE_BLOCK, Tile, chosen, product_tile
+from .kernel_tiles import PLAIN, SCALE_BLOCK, Tile, chosen, product_tile
 from .triton_compat import (
-    INTERPRETING,
     cdiv,
     compute_capability,
-    constant,
-    converts_fp8,
-    dot,
-    e4m3_to_float,
     jit,
     jit_for_any,
     narrow,
@@ -47,194 +56,9 @@ from .triton_compat import (
     tl,
 )
 
-_FP8, _FP8_BITS = constant(FP8), constant(FP8_BITS)
-_SCALE_BLOCK = constant(SCALE_BLOCK)
-
-
-@jit
-def load_scale(ptr, UE8M0: tl.constexpr):
-    """A scale as float32; `UE8M0` are exponents in bytes."""
-    value = tl.load(ptr)
-    if UE8M0:
-        bits = value.to(tl.uint32)
-        value = tl.where(bits == 0, 0x00400000, bits << 23).to(tl.float32, bitcast=True)  # 2**(bits - 127)
-    return value
-
-
-@jit
-def widen(weight, dtype: tl.constexpr, WEIGHT: tl.constexpr):
-    """A tile of weights in the dtype of the activations. FP8 values are exact in it."""
-    if WEIGHT == _FP8_BITS:
-        wide = e4m3_to_float(weight, dtype)
-    elif WEIGHT == _FP8 and dtype == tl.bfloat16:
-        # Straight there, each value takes a slot of the unit for special functions: a quarter of the others' rate.
-        wide = weight.to(tl.float32).to(dtype)
-    else:
-        wide = weight.to(dtype)
-    return wide
-
-
-@jit
-def tile_of(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """(m, n) of a linear tile index: columns of `GROUP_M` row tiles after one another."""
-    group = index // (GROUP_M * tiles_n)
-    first = group * GROUP_M
-    size = tl.minimum(tiles_m - first, GROUP_M)
-    within = index - group * GROUP_M * tiles_n
-    return first + within % size, within // size
-
-
-@jit
-def tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M: tl.constexpr):
-    """Expert (int64), sorted rows, slots and validity of the rows of row tile `m`. Rows past the expert's last repeat
-    it, so that loads need no mask."""
-    expert = tl.load(tiles_ptr + m).to(tl.int64)
-    last = tl.load(offsets_ptr + expert + 1) - 1
-    rows = tl.load(tiles_ptr + max_tiles + m) + tl.arange(0, BLOCK_M)
-    valid = rows <= last
-    rows = tl.minimum(rows, last).to(tl.int64)
-    slots = tl.load(order_ptr + rows).to(tl.int64)
-    return expert, rows, slots, valid
-
-
-@jit
-def load_k(ptrs, k, limit: tl.constexpr, EVEN_K: tl.constexpr, axis: tl.constexpr):
-    """A tile of an operand at inner offset `k`; zeros past `limit`."""
-    if EVEN_K:
-        tile = tl.load(ptrs)
-    else:
-        tile = tl.load(ptrs, mask=tl.expand_dims(k < limit, axis), other=0.0)
-    return tile
-
-
-@jit
-def load_weight(ptrs, k, limit: tl.constexpr, EVEN_K: tl.constexpr, columns, COLUMNS: tl.constexpr):
-    """A (BLOCK_K, BLOCK_N) tile of a weight at inner offset `k`; zeros past `limit`, and past COLUMNS if that is not
-    0. Where columns are neighbours in memory, they must not be repeated past the end: it would hide that from the
-    compiler, which could no longer copy them in pieces."""
-    if COLUMNS == 0:
-        tile = load_k(ptrs, k, limit, EVEN_K, 1)
-    elif EVEN_K:
-        tile = tl.load(ptrs, mask=(columns < COLUMNS)[None, :], other=0.0)
-    else:
-        tile = tl.load(ptrs, mask=(k < limit)[:, None] & (columns < COLUMNS)[None, :], other=0.0)
-    return tile
-
-
-@jit
-def product(
-    acc,  # (BLOCK_M, BLOCK_N) float32
-    x_ptrs,  # (BLOCK_M, BLOCK_K)
-    x_scale_ptrs,  # (BLOCK_M,) scales of the rows' first 128 values, for FP8 rows
-    weight_ptrs,  # (BLOCK_K, BLOCK_N)
-    scale_ptr,  # scale of the tile's first block, for FP8 weights
-    second,  # (BLOCK_N,) columns that belong to a second block of columns
-    DEPTH: tl.constexpr,
-    WEIGHT_STRIDE: tl.constexpr,  # of the weight along the inner dimension
-    SCALE_STRIDE: tl.constexpr,  # of the scales along the inner dimension
-    SECOND: tl.constexpr,  # from the scale of the first block of columns to that of the second; 0: there is none
-    X_FP8: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    UE8M0: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    columns=None,  # (BLOCK_N,) of the result
-    COLUMNS: tl.constexpr = 0,  # how many there are, if those past the end must not be read
-    piece=0,
-    IS_PIECE: tl.constexpr = False,
-):
-    """`acc` + rows times weights over DEPTH, or over the first `piece` of it: whole steps. FP8 sums are scaled once per
-    step, in float32."""
-    EVEN_K: tl.constexpr = DEPTH % BLOCK_K == 0
-    k = tl.arange(0, BLOCK_K)
-    for start in range(0, piece if IS_PIECE else DEPTH, BLOCK_K):
-        x = load_k(x_ptrs, start + k, DEPTH, EVEN_K, 0)
-        weight = load_weight(weight_ptrs, start + k, DEPTH, EVEN_K, columns, COLUMNS)
-        if WEIGHT:
-            block = start // _SCALE_BLOCK
-            scale = load_scale(scale_ptr + block * SCALE_STRIDE, UE8M0)
-            if not X_FP8:
-                weight = widen(weight, x.dtype, WEIGHT)
-            elif WEIGHT == _FP8_BITS:  # the interpreter: values that FP8 holds
-                x = e4m3_to_float(x, tl.float32)
-                weight = e4m3_to_float(weight, tl.float32)
-            part = dot(x, weight, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-            if SECOND:
-                second_scale = load_scale(scale_ptr + SECOND + block * SCALE_STRIDE, UE8M0)
-                factor = tl.where(second, second_scale, scale)[None, :]
-            else:
-                factor = scale
-            if X_FP8:
-                acc += part * (tl.load(x_scale_ptrs + block)[:, None] * factor)
-            else:
-                acc += part * factor
-        else:
-            acc = dot(x, weight, acc)
-        x_ptrs += BLOCK_K
-        weight_ptrs += BLOCK_K * WEIGHT_STRIDE
-    return acc
-
-
-@jit
-def product_pair(
-    left,  # (BLOCK_M, HALF) float32
-    right,  # (BLOCK_M, HALF) float32
-    x_ptr,  # FP8 rows
-    x_rows,  # (BLOCK_M,)
-    x_scale_ptr,  # (rows, ceil(DEPTH / 128)) float32
-    left_ptr,  # FP8 weight of the left half
-    right_ptr,  # FP8 weight of the right half
-    weight_rows,  # (HALF,) of either
-    left_scale_ptr,
-    right_scale_ptr,
-    DEPTH: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    UE8M0: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """FP8 rows times two blocks of columns. A tile of 256 columns reads its rows half as often as two of 128, and with
-    its halves one after the other the sums that wait to be scaled just fit into the registers; so do places as int32
-    offsets, where pointers would not: `x_ptr` holds less than 2**31 elements."""
-    EVEN_K: tl.constexpr = DEPTH % BLOCK_K == 0
-    GRID_K: tl.constexpr = (DEPTH + _SCALE_BLOCK - 1) // _SCALE_BLOCK
-    k = tl.arange(0, BLOCK_K)
-    x_rows = x_rows.to(tl.int32)
-    x_places = x_rows[:, None] * DEPTH + k[None, :]
-    x_scale_places = x_rows * GRID_K
-    places = weight_rows[None, :] * DEPTH + k[:, None]
-    for start in range(0, DEPTH, BLOCK_K):
-        block = start // _SCALE_BLOCK
-        x = load_k(x_ptr + start + x_places, start + k, DEPTH, EVEN_K, 0)
-        left_weight = load_k(left_ptr + start + places, start + k, DEPTH, EVEN_K, 1)
-        right_weight = load_k(right_ptr + start + places, start + k, DEPTH, EVEN_K, 1)
-        if WEIGHT == _FP8_BITS:  # the interpreter: values that FP8 holds
-            x = e4m3_to_float(x, tl.float32)
-            left_weight = e4m3_to_float(left_weight, tl.float32)
-            right_weight = e4m3_to_float(right_weight, tl.float32)
-        x_scale = tl.load(x_scale_ptr + block + x_scale_places)
-        part = dot(x, left_weight, tl.zeros((BLOCK_M, HALF), tl.float32))
-        left += part * (x_scale * load_scale(left_scale_ptr + block, UE8M0))[:, None]
-        part = dot(x, right_weight, tl.zeros((BLOCK_M, HALF), tl.float32))
-        right += part * (x_scale * load_scale(right_scale_ptr + block, UE8M0))[:, None]
-    return left, right
-
-
-@jit
-def lora_sum(acc, low_ptr, factor_ptrs, rows, R: tl.constexpr, BLOCK_R: tl.constexpr, STRIDE: tl.constexpr):
-    """`acc` + low-rank rows (N, R) times factors, given as pointers to each column's value for rank 0."""
-    r = tl.arange(0, BLOCK_R)
-    low = tl.load(low_ptr + rows[:, None] * R + r[None, :], mask=r[None, :] < R, other=0.0)
-    factor = tl.load(factor_ptrs[None, :] + r[:, None] * STRIDE, mask=r[:, None] < R, other=0.0)
-    return dot(low, factor.to(low.dtype), acc)
-
-
-@jit
-def halves(tile, BLOCK_M: tl.constexpr, HALF: tl.constexpr):
-    """(BLOCK_M, 2 * HALF) to its left and its right half."""
-    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+# Row tiles of an expert whose columns are taken together. As many programs as an H100 has multiprocessors then read
+# least: 16 row tiles of 128 and 8 column tiles of 256.
+_GROUP_M = 16
 
 
 @jit
@@ -295,6 +119,105 @@ def store_gate_up(
     tl.store(out_ptr + rows[:, None] * I + columns[None, :], narrow(out, out_ptr.dtype.element_ty), mask=mask)
 
 
+@jit
+def gate_up_tile(
+    m,
+    n,
+    x,  # x_ptr, x_scale_ptr
+    weights,  # weight_ptr, scale_ptr
+    lora,  # low_ptr, lora_ptr
+    outs,  # out_ptr, pre_ptr
+    tiles_ptr,
+    offsets_ptr,
+    order_ptr,
+    max_tiles,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    R: tl.constexpr,
+    X_FP8: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    UE8M0: tl.constexpr,
+    SAVE_PRE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """What `gate_up_kernel` computes of row tile `m` and the `n`-th columns of gate and up."""
+    HALF: tl.constexpr = BLOCK_N // 2
+    PAIR: tl.constexpr = X_FP8 and BLOCK_N == 2 * _SCALE_BLOCK
+    # What does more than to store SiLU's products does it in pieces where a tile's sums leave it few registers.
+    MORE: tl.constexpr = SAVE_PRE or ACTIVATION != "silu" or LIMIT > 0
+    IN_PIECES: tl.constexpr = PAIR or (BLOCK_N == 2 * _SCALE_BLOCK and MORE)
+    GRID_K: tl.constexpr = (H + _SCALE_BLOCK - 1) // _SCALE_BLOCK
+    GRID_N: tl.constexpr = (I + _SCALE_BLOCK - 1) // _SCALE_BLOCK
+    x_ptr, x_scale_ptr = x
+    weight_ptr, scale_ptr = weights
+    low_ptr, lora_ptr = lora
+    expert, rows, slots, _ = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
+    tokens = slots // K
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + tokens[:, None] * H + k[None, :]
+    weight_ptrs = weight_ptr + expert * (2 * I * H) + k[:, None]
+    x_scale_ptrs = x_scale_ptr + tokens * GRID_K if X_FP8 else None
+    scale_ptrs = scale_ptr + (expert * (2 * GRID_N) + n * HALF // _SCALE_BLOCK) * GRID_K if WEIGHT else None
+    if PAIR:
+        gate_rows = tl.minimum(n * HALF + tl.arange(0, HALF), I - 1)  # the last tile repeats the last row
+        gate, up = product_pair(
+            tl.zeros((BLOCK_M, HALF), tl.float32),
+            tl.zeros((BLOCK_M, HALF), tl.float32),
+            x_ptr,
+            tokens,
+            x_scale_ptr,
+            weight_ptr + expert * (2 * I * H),
+            weight_ptr + expert * (2 * I * H) + I * H,
+            gate_rows,
+            scale_ptrs,
+            scale_ptrs + GRID_N * GRID_K,
+            H,
+            WEIGHT,
+            UE8M0,
+            BLOCK_M,
+            HALF,
+            BLOCK_K,
+        )
+        if R:
+            factor_ptrs = lora_ptr + expert * (2 * I * R) + gate_rows * R
+            gate = lora_sum(gate, low_ptr, factor_ptrs, rows, R, BLOCK_R, 1)
+            up = lora_sum(up, low_ptr, factor_ptrs + I * R, rows, R, BLOCK_R, 1)
+    else:
+        both = tl.arange(0, BLOCK_N)
+        is_up = both >= HALF
+        weight_rows = tl.minimum(n * HALF + both % HALF, I - 1) + tl.where(is_up, I, 0)
+        acc = product(
+            tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
+            x_ptrs,
+            x_scale_ptrs,
+            weight_ptrs + weight_rows[None, :] * H,
+            scale_ptrs,
+            is_up,
+            H,
+            1,
+            1,
+            GRID_N * GRID_K,
+            X_FP8,
+            WEIGHT,
+            UE8M0,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        if R:
+            factor_ptrs = lora_ptr + expert * (2 * I * R) + weight_rows * R
+            acc = lora_sum(acc, low_ptr, factor_ptrs, rows, R, BLOCK_R, 1)
+        gate, up = halves(acc, BLOCK_M, HALF)
+    place = (m, tiles_ptr, offsets_ptr, order_ptr, max_tiles)
+    finish_gate_up(gate, up, n * HALF, place, outs, I, SAVE_PRE, ACTIVATION, LIMIT, BLOCK_M, HALF, IN_PIECES)
+
+
 @jit_for_any("max_tiles")
 def gate_up_kernel(
     x_ptr,  # (T, H)
@@ -325,77 +248,40 @@ def gate_up_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
+    HALVES: tl.constexpr,  # 1: row tiles that are at most half full are computed as tiles of half the size
 ):
-    HALF: tl.constexpr = BLOCK_N // 2
-    PAIR: tl.constexpr = X_FP8 and BLOCK_N == 2 * _SCALE_BLOCK
-    # What computes more than SiLU does it in pieces where a tile's sums leave it few registers.
-    IN_PIECES: tl.constexpr = PAIR or (BLOCK_N == 2 * _SCALE_BLOCK and (ACTIVATION != "silu" or LIMIT > 0))
-    GRID_K: tl.constexpr = (H + _SCALE_BLOCK - 1) // _SCALE_BLOCK
-    GRID_N: tl.constexpr = (I + _SCALE_BLOCK - 1) // _SCALE_BLOCK
     tiles_m = tl.load(num_tiles_ptr)
-    tiles_n: tl.constexpr = (I + HALF - 1) // HALF
+    tiles_n: tl.constexpr = (2 * I + BLOCK_N - 1) // BLOCK_N
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        m, n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
-        expert, rows, slots, valid = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
-        tokens = slots // K
-        k = tl.arange(0, BLOCK_K)
-        x_ptrs = x_ptr + tokens[:, None] * H + k[None, :]
-        weight_ptrs = weight_ptr + expert * (2 * I * H) + k[:, None]
-        x_scale_ptrs = x_scale_ptr + tokens * GRID_K if X_FP8 else None
-        scale_ptrs = scale_ptr + (expert * (2 * GRID_N) + n * HALF // _SCALE_BLOCK) * GRID_K if WEIGHT else None
-        if PAIR:
-            gate_rows = tl.minimum(n * HALF + tl.arange(0, HALF), I - 1)  # the last tile repeats the last row
-            gate, up = product_pair(
-                tl.zeros((BLOCK_M, HALF), tl.float32),
-                tl.zeros((BLOCK_M, HALF), tl.float32),
-                x_ptr,
-                tokens,
-                x_scale_ptr,
-                weight_ptr + expert * (2 * I * H),
-                weight_ptr + expert * (2 * I * H) + I * H,
-                gate_rows,
-                scale_ptrs,
-                scale_ptrs + GRID_N * GRID_K,
-                H,
-                WEIGHT,
-                UE8M0,
-                BLOCK_M,
-                HALF,
-                BLOCK_K,
-            )
-            if R:
-                factor_ptrs = lora_ptr + expert * (2 * I * R) + gate_rows * R
-                gate = lora_sum(gate, low_ptr, factor_ptrs, rows, R, BLOCK_R, 1)
-                up = lora_sum(up, low_ptr, factor_ptrs + I * R, rows, R, BLOCK_R, 1)
-        else:
-            both = tl.arange(0, BLOCK_N)
-            is_up = both >= HALF
-            weight_rows = tl.minimum(n * HALF + both % HALF, I - 1) + tl.where(is_up, I, 0)
-            acc = product(
-                tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
-                x_ptrs,
-                x_scale_ptrs,
-                weight_ptrs + weight_rows[None, :] * H,
-                scale_ptrs,
-                is_up,
-                H,
-                1,
-                1,
-                GRID_N * GRID_K,
-                X_FP8,
-                WEIGHT,
-                UE8M0,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-            )
-            if R:
-                factor_ptrs = lora_ptr + expert * (2 * I * R) + weight_rows * R
-                acc = lora_sum(acc, low_ptr, factor_ptrs, rows, R, BLOCK_R, 1)
-            gate, up = halves(acc, BLOCK_M, HALF)
-        place = (m, tiles_ptr, offsets_ptr, order_ptr, max_tiles)
-        outs = (out_ptr, pre_ptr)
-        finish_gate_up(gate, up, n * HALF, place, outs, I, SAVE_PRE, ACTIVATION, LIMIT, BLOCK_M, HALF, IN_PIECES)
+        m, n, half = expert_tile(tile, tiles_m, tiles_n, tiles_ptr, offsets_ptr, max_tiles, BLOCK_M, GROUP_M, HALVES)
+        for is_half in tl.static_range(1 + HALVES):
+            if half == is_half:
+                gate_up_tile(
+                    m,
+                    n,
+                    (x_ptr, x_scale_ptr),
+                    (weight_ptr, scale_ptr),
+                    (low_ptr, lora_ptr),
+                    (out_ptr, pre_ptr),
+                    tiles_ptr,
+                    offsets_ptr,
+                    order_ptr,
+                    max_tiles,
+                    K,
+                    H,
+                    I,
+                    R,
+                    X_FP8,
+                    WEIGHT,
+                    UE8M0,
+                    SAVE_PRE,
+                    ACTIVATION,
+                    LIMIT,
+                    BLOCK_M // (1 + is_half),
+                    BLOCK_N,
+                    BLOCK_K,
+                    BLOCK_R,
+                )
 
 
 @jit
@@ -431,6 +317,107 @@ def finish_rows(
     tl.store(out_ptr + out_rows[:, None] * OUT + columns[None, :], narrow(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
+@jit
+def rows_tile(
+    m,
+    n,
+    x,  # x_ptr, x_scale_ptr
+    weights,  # weight_ptr, scale_ptr
+    out,  # low_ptr, lora_ptr, factors_ptr, alpha, out_ptr
+    tiles_ptr,
+    offsets_ptr,
+    order_ptr,
+    max_tiles,
+    K: tl.constexpr,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    R: tl.constexpr,
+    PARTS: tl.constexpr,
+    GATHER: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TO_SLOTS: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+    X_FP8: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    UE8M0: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """What `rows_kernel` computes of row tile `m` and the `n`-th columns."""
+    DEPTH: tl.constexpr = IN // PARTS
+    GRID_K: tl.constexpr = (DEPTH + _SCALE_BLOCK - 1) // _SCALE_BLOCK  # of one part
+    GRID_N: tl.constexpr = (OUT + _SCALE_BLOCK - 1) // _SCALE_BLOCK
+    STRIDE_K: tl.constexpr = OUT if TRANSPOSED else 1
+    SCALE_K: tl.constexpr = GRID_N if TRANSPOSED else 1
+    SCALE_N: tl.constexpr = 1 if TRANSPOSED else PARTS * GRID_K
+    x_ptr, x_scale_ptr = x
+    weight_ptr, scale_ptr = weights
+    expert, rows, slots, _ = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    x_rows = slots // K if GATHER else rows
+    x_ptrs = x_ptr + x_rows[:, None] * IN + k[None, :]
+    x_scale_ptrs = x_scale_ptr + x_rows * GRID_K if X_FP8 else None
+    weight_ptrs = weight_ptr + expert * (OUT * IN) + k[:, None] * STRIDE_K
+    scale_ptrs = scale_ptr + expert * (PARTS * GRID_K * GRID_N) if WEIGHT else None
+    scale_ptrs = scale_ptrs + n * BLOCK_N // _SCALE_BLOCK * SCALE_N if WEIGHT else None
+    place = (m, tiles_ptr, offsets_ptr, order_ptr, max_tiles)
+    if X_FP8 and BLOCK_N == 2 * _SCALE_BLOCK:  # with 8 warps it spills: not shipped
+        tl.static_assert(OUT % BLOCK_N == 0)
+        HALF: tl.constexpr = BLOCK_N // 2
+        columns = n * BLOCK_N + tl.arange(0, HALF)
+        left, right = product_pair(
+            tl.zeros((BLOCK_M, HALF), tl.float32),
+            tl.zeros((BLOCK_M, HALF), tl.float32),
+            x_ptr,
+            x_rows,
+            x_scale_ptr,
+            weight_ptr + expert * (OUT * IN),
+            weight_ptr + expert * (OUT * IN) + HALF * IN,
+            tl.minimum(columns, OUT - 1),
+            scale_ptrs,
+            scale_ptrs + SCALE_N,
+            IN,
+            WEIGHT,
+            UE8M0,
+            BLOCK_M,
+            HALF,
+            BLOCK_K,
+        )
+        finish_rows(left, columns, place, out, OUT, R, TRANSPOSED, TO_SLOTS, HAS_FACTORS, BLOCK_M, BLOCK_R)
+        finish_rows(right, columns + HALF, place, out, OUT, R, TRANSPOSED, TO_SLOTS, HAS_FACTORS, BLOCK_M, BLOCK_R)
+    else:
+        columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        if TRANSPOSED:
+            weight_ptrs += columns[None, :]
+        else:
+            weight_ptrs += tl.minimum(columns, OUT - 1)[None, :] * IN  # the last tile repeats the last row
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for part in tl.static_range(PARTS):
+            acc = product(
+                acc,
+                x_ptrs + part * DEPTH,
+                x_scale_ptrs,
+                weight_ptrs + part * DEPTH * STRIDE_K,
+                scale_ptrs + part * GRID_K * SCALE_K if WEIGHT else None,
+                columns,
+                DEPTH,
+                STRIDE_K,
+                SCALE_K,
+                0,
+                X_FP8,
+                WEIGHT,
+                UE8M0,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                columns,
+                OUT if TRANSPOSED and OUT % BLOCK_N else 0,
+            )
+        finish_rows(acc, columns, place, out, OUT, R, TRANSPOSED, TO_SLOTS, HAS_FACTORS, BLOCK_M, BLOCK_R)
+
+
 @jit_for_any("max_tiles")
 def rows_kernel(
     x_ptr,  # (T, IN) rows of tokens if GATHER, else (N, IN) sorted rows
@@ -464,85 +451,65 @@ def rows_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
+    HALVES: tl.constexpr,  # as for `gate_up_kernel`
 ):
-    DEPTH: tl.constexpr = IN // PARTS
-    GRID_K: tl.constexpr = (DEPTH + _SCALE_BLOCK - 1) // _SCALE_BLOCK  # of one part
-    GRID_N: tl.constexpr = (OUT + _SCALE_BLOCK - 1) // _SCALE_BLOCK
-    STRIDE_K: tl.constexpr = OUT if TRANSPOSED else 1
-    SCALE_K: tl.constexpr = GRID_N if TRANSPOSED else 1
-    SCALE_N: tl.constexpr = 1 if TRANSPOSED else PARTS * GRID_K
     tiles_m = tl.load(num_tiles_ptr)
     tiles_n: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        m, n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
-        expert, rows, slots, valid = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
-        k = tl.arange(0, BLOCK_K)
-        x_rows = slots // K if GATHER else rows
-        x_ptrs = x_ptr + x_rows[:, None] * IN + k[None, :]
-        x_scale_ptrs = x_scale_ptr + x_rows * GRID_K if X_FP8 else None
-        weight_ptrs = weight_ptr + expert * (OUT * IN) + k[:, None] * STRIDE_K
-        scale_ptrs = scale_ptr + expert * (PARTS * GRID_K * GRID_N) if WEIGHT else None
-        scale_ptrs = scale_ptrs + n * BLOCK_N // _SCALE_BLOCK * SCALE_N if WEIGHT else None
-        columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
-        if TRANSPOSED:
-            weight_ptrs += columns[None, :]
-        else:
-            weight_ptrs += tl.minimum(columns, OUT - 1)[None, :] * IN  # the last tile repeats the last row
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for part in tl.static_range(PARTS):
-            acc = product(
-                acc,
-                x_ptrs + part * DEPTH,
-                x_scale_ptrs,
-                weight_ptrs + part * DEPTH * STRIDE_K,
-                scale_ptrs + part * GRID_K * SCALE_K if WEIGHT else None,
-                columns,
-                DEPTH,
-                STRIDE_K,
-                SCALE_K,
-                0,
-                X_FP8,
-                WEIGHT,
-                UE8M0,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                columns,
-                OUT if TRANSPOSED and OUT % BLOCK_N else 0,
-            )
-        place = (m, tiles_ptr, offsets_ptr, order_ptr, max_tiles)
-        out = (low_ptr, lora_ptr, factors_ptr, alpha, out_ptr)
-        finish_rows(acc, columns, place, out, OUT, R, TRANSPOSED, TO_SLOTS, HAS_FACTORS, BLOCK_M, BLOCK_R)
+        m, n, half = expert_tile(tile, tiles_m, tiles_n, tiles_ptr, offsets_ptr, max_tiles, BLOCK_M, GROUP_M, HALVES)
+        for is_half in tl.static_range(1 + HALVES):
+            if half == is_half:
+                rows_tile(
+                    m,
+                    n,
+                    (x_ptr, x_scale_ptr),
+                    (weight_ptr, scale_ptr),
+                    (low_ptr, lora_ptr, factors_ptr, alpha, out_ptr),
+                    tiles_ptr,
+                    offsets_ptr,
+                    order_ptr,
+                    max_tiles,
+                    K,
+                    IN,
+                    OUT,
+                    R,
+                    PARTS,
+                    GATHER,
+                    TRANSPOSED,
+                    TO_SLOTS,
+                    HAS_FACTORS,
+                    X_FP8,
+                    WEIGHT,
+                    UE8M0,
+                    BLOCK_M // (1 + is_half),
+                    BLOCK_N,
+                    BLOCK_K,
+                    BLOCK_R,
+                )
 
 
-def weight_kind(weight: torch.Tensor) -> int:
-    """How kernels read `weight` on its device."""
-    if weight.dtype != torch.float8_e4m3fn:
-        return PLAIN
-    return FP8 if converts_fp8(weight.device) and not INTERPRETING else FP8_BITS
-
-
-def as_bytes(tensor: torch.Tensor | None, kind: int = FP8_BITS) -> torch.Tensor | None:
-    """FP8 weights and UE8M0 scales as the type that kernels are given."""
-    if tensor is None:
-        return None
-    bits = tensor.dtype == torch.float8_e8m0fnu or (kind == FP8_BITS and tensor.dtype == torch.float8_e4m3fn)
-    return tensor.view(torch.uint8) if bits else tensor
+@functools.lru_cache(maxsize=1024)  # all layers ask the same
+def _launch_options(tile: Tile, row_tiles: int, columns: int, processors: int) -> tuple[tuple[int], dict]:
+    grid = row_tiles * cdiv(columns, tile.block_n)
+    if tile.per_processor:
+        grid = min(grid, processors * tile.per_processor)
+    options = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    # While tiles are small, row tiles that read the same weights are neighbours without more ado.
+    options.update(GROUP_M=_GROUP_M if tile.per_processor else 0, num_warps=tile.warps, num_stages=tile.stages)
+    if tile.block_k == 32:  # float32, or little memory: else the assembler spills to fit more programs than there are
+        options["maxnreg"] = 255
+    return (grid,), options
 
 
 def launch_options(tile: Tile, layout: Layout, columns: int, device: torch.device) -> tuple[tuple[int], dict]:
     """Grid and keyword arguments of a product of `columns` columns in all."""
-    grid = layout.max_tiles * cdiv(columns, tile.block_n)
-    if tile.per_processor:
-        grid = min(grid, num_processors(device) * tile.per_processor)
-    options = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-    # While tiles are small, those of one expert that read the same weights come first; else, squares that share both.
-    options.update(GROUP_M=8 if tile.per_processor else 1 << 20, num_warps=tile.warps, num_stages=tile.stages)
-    return (grid,), options
+    return _launch_options(tile, layout.max_tiles, columns, num_processors(device))
 
 
-def weight_options(weight: torch.Tensor, scale: torch.Tensor | None) -> dict:
-    return {"WEIGHT": weight_kind(weight), "UE8M0": scale is not None and scale.dtype == torch.float8_e8m0fnu}
+def takes_halves(tile: Tile, depth: int) -> int:
+    """1 if row tiles that are at most half full are computed as such: where the rows of half of one are enough for a
+    group of warps to multiply, there is an order of tiles that says how full they are, and more than a step to save."""
+    return int(tile.block_m == 128 and tile.per_processor > 0 and depth > tile.block_k)
 
 
 def lora_options(rank: int) -> dict:
@@ -572,7 +539,7 @@ def gate_up(
     tile = product_tile(layout.block_m, hidden_states.dtype, kind, capability)
     fits = activation == "silu" and not limit and hidden_states.numel() < 1 << 31
     if x_scale is not None and tile.block_m == 128 and capability[0] == 9 and fits:
-        tile = tile._replace(block_n=2 * SCALE_BLOCK)  # see `product_pair`
+        tile = tile._replace(block_n=2 * SCALE_BLOCK, stages=4)  # see `product_pair`
     tile = chosen("gate_up", tile)
     out = torch.empty(tokens * top_k, inter, dtype=out_dtype, device=device)
     pre = None if pre_dtype is None else torch.empty(tokens * top_k, 2 * inter, dtype=pre_dtype, device=device)
@@ -595,6 +562,7 @@ def gate_up(
         SAVE_PRE=pre is not None,
         ACTIVATION=activation,
         LIMIT=float(limit),
+        HALVES=takes_halves(tile, hidden),
         **weight_options(weight, scale),
         **lora_options(0 if low is None else low.shape[1]),
         **options,
@@ -664,6 +632,7 @@ def multiply_rows(
         TO_SLOTS=to_slots,
         HAS_FACTORS=factors is not None,
         X_FP8=x_scale is not None,
+        HALVES=takes_halves(tile, inner),
         **weight_options(weight, scale),
         **lora_options(0 if low is None else low.shape[1]),
         **options,

@@ -19,15 +19,14 @@ from __future__ import annotations
 import torch
 
 from .kernel_activation import activate_with_slope, limit_gate
-from .kernel_experts import (
+from .kernel_experts import launch_options, lora_options
+from .kernel_products import (
     _SCALE_BLOCK,
     as_bytes,
+    expert_tile,
     halves,
-    launch_options,
-    lora_options,
     lora_sum,
     product,
-    tile_of,
     tile_slots,
     weight_kind,
     weight_options,
@@ -116,7 +115,7 @@ def inner_grad_kernel(
     tiles_m = tl.load(num_tiles_ptr)
     tiles_n: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        m, n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        m, n, _ = expert_tile(tile, tiles_m, tiles_n, tiles_ptr, offsets_ptr, max_tiles, BLOCK_M, GROUP_M, 0)
         expert, rows, slots, valid = tile_slots(m, tiles_ptr, offsets_ptr, order_ptr, max_tiles, BLOCK_M)
         columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)

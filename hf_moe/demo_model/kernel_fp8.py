@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from .kernel_experts import as_bytes, load_scale, product, tile_of, weight_kind, weight_options, widen
+from .kernel_products import as_bytes, load_scale, product, tile_of, weight_kind, weight_options, widen
 from .kernel_tiles import FP8_BITS, SCALE_BLOCK, Tile, chosen, product_tile
 from .triton_compat import (
     INTERPRETING,
@@ -35,7 +35,7 @@ _FLOOR = constant(1e-4)  # of the largest magnitude in a group of activations
 
 @jit
 def power_of_two(scale):
-    """The least power of two that is no smaller than a positive normal float32."""
+    """The least power of two that is no smaller than a positive normal float32; infinity stays."""
     bits = scale.to(tl.uint32, bitcast=True)
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.uint32)
     return (exponent << 23).to(tl.float32, bitcast=True)
@@ -43,19 +43,21 @@ def power_of_two(scale):
 
 @jit
 def float_to_e4m3(value):
-    """float32 within +-448 to the bits of float8_e4m3fn, rounded to nearest even."""
+    """float32 within +-448, or NaN, to the bits of float8_e4m3fn, rounded to nearest even."""
     bits = value.to(tl.uint32, bitcast=True)
     sign = (bits >> 24) & 0x80
     bits &= 0x7FFFFFFF
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960  # 960: eight steps for each exponent below 2**-6
     # Added to 2**14, a value rounds to a multiple of 2**-9, the step of subnormals.
     small = (bits.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) & 0xFF
+    normal = tl.where(bits > 0x7F800000, 0x7F, normal)  # NaN
     return (sign | tl.where(bits < 0x3C800000, small, normal)).to(tl.uint8)  # 0x3C800000 is 2**-6
 
 
 @jit
 def store_fp8(ptrs, value, mask, BITS: tl.constexpr):
-    value = tl.minimum(tl.maximum(value, -_FP8_MAX), _FP8_MAX)
+    within = tl.minimum(tl.maximum(value, -_FP8_MAX), _FP8_MAX)
+    value = tl.where(value == value, within, value)  # a limit is a number, whatever was limited
     if BITS:
         tl.store(ptrs, float_to_e4m3(value), mask=mask)
     else:
@@ -80,6 +82,7 @@ def quantize_rows_kernel(
     scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=1), _FLOOR), _FP8_MAX)
     if UE8M0:
         scale = power_of_two(scale)
+    scale = tl.where(tl.sum((x != x).to(tl.int32), axis=1) > 0, float("nan"), scale)
     tl.store(scale_ptr + row * groups + group, scale, mask=group < groups)
     store_fp8(out_ptr + row * width + column, tl.div_rn(x, scale[:, None]), column < width, BITS)
 
@@ -105,6 +108,7 @@ def quantize_blocks_kernel(
     scale = tl.where(largest == 0.0, 1.0, scale)
     if UE8M0:
         scale = power_of_two(scale)
+    scale = tl.where(tl.sum(tl.sum((value != value).to(tl.int32), axis=1), axis=0) > 0, float("nan"), scale)
     tl.store(scale_ptr + block_row * groups + block_column, scale)
     store_fp8(out_ptr + row * width + column, tl.div_rn(value, scale), mask, BITS)
 

@@ -11,6 +11,7 @@ Shapes: T tokens, K choices per token, E experts, N = T * K slots.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -118,19 +119,25 @@ def layout_kernel(
             place += tl.sum(mine)
 
 
+@functools.lru_cache(maxsize=1024)  # all layers ask the same
+def _layout_sizes(num_slots: int, num_experts: int, block_m: int) -> tuple[int, list[int], int, int, int]:
+    """Most tiles; elements of the four parts of a layout, each with what is left free behind it; slots that a program
+    reads at once, how many such chunks there are, and bins of counts."""
+    max_tiles = most_tiles(num_slots, num_experts, block_m)
+    sizes = num_slots, num_experts + 1, 2 * max_tiles, 1
+    chunk = _CHUNK if num_slots > 64 else 64
+    bins = next_power_of_2(num_experts + 1)
+    return max_tiles, [part for size in sizes for part in (size, -size % 4)], chunk, cdiv(num_slots, chunk), bins
+
+
 def build_layout(topk_indices: torch.Tensor, num_experts: int, block_m: int) -> Layout:
     """The layout of (T, K) integer expert ids, T * K > 0."""
     ids = topk_indices.contiguous()
-    num_slots, device = ids.numel(), ids.device
-    max_tiles = most_tiles(num_slots, num_experts, block_m)
+    num_slots, device, counts = ids.numel(), ids.device, None
+    max_tiles, sizes, chunk, chunks, bins = _layout_sizes(num_slots, num_experts, block_m)
     # One allocation for the four parts. Each begins at a multiple of 16 bytes: kernels are compiled anew for others.
-    sizes = num_slots, num_experts + 1, 2 * max_tiles, 1
-    room = [cdiv(size, 4) * 4 for size in sizes]
-    parts = torch.empty(sum(room), dtype=torch.int32, device=device).split(room)
-    order, offsets, tiles, num_tiles = (part[:size] for part, size in zip(parts, sizes))
-    layout = Layout(order, offsets, tiles.view(2, max_tiles), num_tiles, block_m)
-    chunk = _CHUNK if num_slots > 64 else 64
-    chunks, counts, bins = cdiv(num_slots, chunk), None, next_power_of_2(num_experts + 1)
+    parts = torch.empty(sum(sizes), dtype=torch.int32, device=device).split_with_sizes(sizes)
+    layout = Layout(parts[0], parts[2], parts[4].view(2, max_tiles), parts[6], block_m)
     if chunks >= _MANY_CHUNKS:
         counts = torch.empty(chunks, bins, dtype=torch.int32, device=device)
         count_kernel[(chunks,)](ids, counts, num_slots, E=num_experts, BINS=bins, CHUNK=chunk, num_warps=4)

@@ -5,6 +5,8 @@ spare room behind the last token and writes into it; `keys` and `values` are vie
 reader sees the layout of a dynamic layer.
 """
 
+import sys
+
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -16,7 +18,8 @@ class GrowingLayer(DynamicLayer):
     """Dynamic cache layer with amortised growth; (batch, heads, seq, dim) like `DynamicLayer`.
 
     Copies the context once per 12.5 % of growth instead of once per token. After a crop the freed slots are written
-    again. An operation of the base class that makes new tensors (reordering, selecting, repeating) leaves the spare
+    again, unless somebody else holds `keys` or `values`, to come back to them later. A copy, shallow or deep, goes its
+    own way. An operation of the base class that makes new tensors (reordering, selecting, repeating) leaves the spare
     room behind, and the next `update` makes new room.
     """
 
@@ -66,6 +69,16 @@ class GrowingLayer(DynamicLayer):
                 buffer.narrow(-2, 0, past).copy_(tensor)
             buffers.append(buffer)
         self._buffers = tuple(buffers)
+
+    def crop(self, *args, **kwargs):
+        if max(sys.getrefcount(self.keys), sys.getrefcount(self.values)) > 2:  # the attribute, and the argument here
+            self._buffers = None
+        return super().crop(*args, **kwargs)
+
+    def __copy__(self) -> "GrowingLayer":
+        output = type(self).__new__(type(self))
+        output.__dict__.update(self.__dict__, _buffers=None)
+        return output
 
     def reset(self) -> None:
         self._buffers = None

@@ -44,8 +44,11 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., hidden) to (..., hidden); without gradients, a long prompt some tokens at a time."""
-        tokens, step = hidden_states.numel() // hidden_states.shape[-1], self._tokens_at_a_time(hidden_states.device)
-        if tokens <= step or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        tokens = hidden_states.numel() // hidden_states.shape[-1]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or tokens <= _MIN_TOKENS:
+            return self._multiply(hidden_states)
+        step = self._tokens_at_a_time(hidden_states.device)
+        if tokens <= step:
             return self._multiply(hidden_states)
         output, pieces = None, hidden_states.reshape(tokens, -1).split(step)
         for index, piece in enumerate(pieces):
@@ -63,3 +66,9 @@ class GatedMLP(nn.Module):
             return math.inf
         elements = _INNER_ELEMENTS_CPU if device.type == "cpu" else _INNER_ELEMENTS
         return max(_MIN_TOKENS, elements // self.intermediate_size)
+
+
+def unless_narrowed(tensor: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+    """A tensor as it was `moved`, but with its own dtype where that was float32 and a cast would round it."""
+    narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4 and tensor.dtype.itemsize >= 4
+    return tensor.to(moved.device) if narrowed else moved

@@ -203,10 +203,10 @@ class LatentAttention(nn.Module):
         batch, seq, _ = hidden_states.shape
         cos, sin = position_embeddings
         query = self._project_queries(hidden_states).view(batch, seq, -1, self.qk_head_dim)
-        query_nope, query_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)  # (B, S, h, .)
+        query_nope, query_rope = query.split_with_sizes([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         query_rope = self.rotate(query_rope, cos, sin)
 
-        latent, key_rope = self.kv_a_proj_with_mqa(hidden_states).split(
+        latent, key_rope = self.kv_a_proj_with_mqa(hidden_states).split_with_sizes(
             [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
         )
         latent = self.kv_a_layernorm(latent)  # the rotary key is neither normed nor scaled
@@ -306,18 +306,21 @@ class LatentAttention(nn.Module):
 
     def _heads_at_a_time(self, heads: int, latent: torch.Tensor) -> int:
         """How many heads to expand together, so that their keys and values stay within `_EXPANDED_ELEMENTS`."""
-        if not self._expands_by_head() or torch.compiler.is_compiling() or self._needs_grad(latent):
-            return heads  # autograd keeps them all
+        if torch.compiler.is_compiling():
+            return heads
         batch, _, context, _ = latent.shape
         # What kv_b_proj gives, and the keys with their rotary part.
         per_head = batch * context * (2 * self.qk_nope_head_dim + self.v_head_dim + self.qk_rope_head_dim)
+        if heads * per_head <= _EXPANDED_ELEMENTS or not self._expands_by_head() or self._needs_grad(latent):
+            return heads  # they are few, or autograd keeps them all
         step, size = self._head_step(), max(1, _EXPANDED_ELEMENTS // max(1, per_head))
         return max(1, size // step) * step
 
     def _attend_heads(self, query, expanded, key_rope, attention_mask, first_head: int = 0, **kwargs):
         """(B, g, S, n + p) queries of g heads and their (B, T, g (n + v)) keys and values to (B, S, g, v)."""
-        expanded = expanded.unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim)).transpose(1, 2)
-        key_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)  # (B, g, T, .)
+        sizes = [self.qk_nope_head_dim, self.v_head_dim]
+        expanded = expanded.view(*expanded.shape[:-1], -1, sum(sizes)).transpose(1, 2)
+        key_nope, value = expanded.split_with_sizes(sizes, dim=-1)  # (B, g, T, .)
         key = torch.cat((key_nope, key_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
         if self.observe_logits is not None:
             self.observe_logits(self, query, key, attention_mask, first_head, kwargs)
@@ -348,18 +351,18 @@ class LatentAttention(nn.Module):
         batch, seq = query_nope.shape[:2]
         # Into latent space, head by head: (h, B S, n) x (h, n, r).
         query = torch.bmm(query_nope.flatten(0, 1).transpose(0, 1), key_half)
-        query = query.transpose(0, 1).unflatten(0, (batch, seq))  # (B, S, h, r)
-        dropout = self._drops()
-        if not dropout and not self._wants_weights(kwargs) and decodes_on_kernels(query, latent, attention_mask):
+        query = query.transpose(0, 1).view(batch, seq, -1, self.kv_lora_rank)  # (B, S, h, r)
+        dropout, wants_weights = self._drops(), self._wants_weights(kwargs)
+        if not dropout and not wants_weights and decodes_on_kernels(query, latent, attention_mask):
             attended, weights = latent_decode(query, query_rope, latent, key_rope, attention_mask, self.scaling), None
         else:
             attend = absorbed_attention
-            if not torch.is_grad_enabled() and not self._wants_weights(kwargs) and not torch.compiler.is_compiling():
+            if not torch.is_grad_enabled() and not wants_weights and not torch.compiler.is_compiling():
                 attend = absorbed_in_blocks
             attended, weights = attend(query, query_rope, latent, key_rope, attention_mask, self.scaling, dropout)
         # And out of it: (h, v, r) x (h, r, B S). The weight goes first, since it must not be copied.
         output = torch.bmm(value_half, attended.flatten(0, 1).permute(1, 2, 0))
-        return output.permute(2, 0, 1).unflatten(0, (batch, seq)), weights  # (B, S, h, v)
+        return output.permute(2, 0, 1).view(batch, seq, -1, self.v_head_dim), weights  # (B, S, h, v)
 
     def _wants_weights(self, kwargs: dict) -> bool:
         """Whether attention weights are to be returned, which only the eager implementation promises."""
@@ -373,5 +376,5 @@ class LatentAttention(nn.Module):
         else:
             # An adapter, a foreign layer or an offloaded one: the matrix is what the module makes of unit vectors.
             weight = self.kv_b_proj(torch.eye(self.kv_lora_rank, dtype=like.dtype, device=like.device)).t()
-        weight = weight.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))
-        return weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        sizes = [self.qk_nope_head_dim, self.v_head_dim]
+        return weight.view(-1, sum(sizes), weight.shape[1]).split_with_sizes(sizes, dim=1)

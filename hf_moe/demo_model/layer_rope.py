@@ -11,13 +11,16 @@ import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
+from .layer_dense import unless_narrowed
+
 
 class RotaryEmbedding(nn.Module):
     """Cosines and sines of the rotary angles.
 
     `forward(hidden_states, position_ids)` takes `position_ids` (batch, seq) and returns `(cos, sin)`, each
-    (batch, seq, rotary_dim / 2) in the dtype of `hidden_states`. Angles are computed in float32. YaRN's attention
-    factor, g(mscale) / g(mscale_all_dim), is in both.
+    (batch, seq, rotary_dim / 2) in the dtype of `hidden_states`. Angles are computed in float32, and frequencies stay
+    in it through `.to(bfloat16)`, `.half()` and their like. YaRN's attention factor, g(mscale) / g(mscale_all_dim), is
+    in both.
     """
 
     def __init__(self, config):
@@ -44,6 +47,10 @@ class RotaryEmbedding(nn.Module):
         exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float, device=device)
         return config.rope_parameters["rope_theta"] ** (-exponents / rotary_dim), 1.0
 
+    def _apply(self, fn, recurse=True):
+        # Rounded to bfloat16 they would turn position 1,000 by up to three radians too much or too little.
+        return super()._apply(lambda tensor: unless_narrowed(tensor, fn(tensor)), recurse)
+
     @torch.no_grad()
     @dynamic_rope_update  # recomputes the frequencies of "dynamic" when a longer sequence arrives
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +67,7 @@ def rotate_interleaved(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
         states: (batch, seq, heads, rotary_dim).
         cos, sin: (batch, seq, rotary_dim / 2), as `RotaryEmbedding` returns them.
     """
-    even, odd = states.unflatten(-1, (-1, 2)).unbind(-1)  # each (batch, seq, heads, rotary_dim / 2)
+    even, odd = states.view(*states.shape[:-1], -1, 2).unbind(-1)  # each (batch, seq, heads, rotary_dim / 2)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 

@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .layer_dense import unless_narrowed
 from .op_linear import linear, without_autocast
 from .op_routing import route, weigh_experts
+
+# Choices of more tokens than these are kept in fewer bytes.
+_MANY_TOKENS = 4096
 
 
 class TopkRouter(nn.Module):
@@ -40,7 +44,7 @@ class TopkRouter(nn.Module):
         if self.topk_method == "noaux_tc":
             # A buffer: moved by the balance rule, never by a gradient. Float32 through casts,
             # too, since rounding reorders routes.
-            self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts))
+            self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
         else:
             self.e_score_correction_bias = None
         self._last_topk_indices: torch.Tensor | None = None
@@ -64,9 +68,14 @@ class TopkRouter(nn.Module):
             router_logits = self._project(hidden_states)
         topk_weights, topk_indices = self.route(router_logits)
         if self.training or not torch.compiler.is_compiling():  # a compiled decode step keeps no statistics
-            self._last_topk_indices = topk_indices.detach()
+            self._last_topk_indices = self._compact(topk_indices.detach())
             self._last_token_mask = token_mask
         return router_logits, topk_weights, topk_indices
+
+    def _compact(self, topk_indices: torch.Tensor) -> torch.Tensor:
+        """A long prompt's choices as int16: every layer keeps its own until the next pass."""
+        many = topk_indices.shape[0] > _MANY_TOKENS and not self.training
+        return topk_indices.to(torch.int16) if many and self.num_experts < 1 << 15 else topk_indices
 
     def route(self, router_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(T, E) logits to weights (T, K) and expert ids (T, K). The bias picks experts, it never weighs them."""
@@ -93,7 +102,7 @@ class TopkRouter(nn.Module):
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
         if bias is not None:
-            self.e_score_correction_bias = _unless_narrowed(bias, self.e_score_correction_bias)
+            self.e_score_correction_bias = unless_narrowed(bias, self.e_score_correction_bias)
         return self
 
     def _weighing(self) -> dict[str, Any]:
@@ -182,10 +191,4 @@ class ZeroExpertRouter(TopkRouter):
         return {"sigmoid": False, "normalise": self.norm_topk_prob, "factor": self.routed_scaling_factor}
 
     def _apply(self, fn, recurse=True):
-        return super()._apply(lambda tensor: _unless_narrowed(tensor, fn(tensor)), recurse)
-
-
-def _unless_narrowed(tensor: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
-    """A tensor as it was `moved`, but with its own dtype where that was float32 and a cast would round it."""
-    narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4 and tensor.dtype.itemsize >= 4
-    return tensor.to(moved.device) if narrowed else moved
+        return super()._apply(lambda tensor: unless_narrowed(tensor, fn(tensor)), recurse)

@@ -53,11 +53,17 @@ class MoePreTrainedModel(Fp8ModelMixin, PreTrainedModel):
     # --- defaults -------------------------------------------------------------------------------------------------
 
     def post_init(self):
-        """As in Transformers; see `name_present_layers`, and `use_plain_linears` for other libraries' quantisation."""
+        """As in Transformers; see `name_present_layers`, and `use_plain_linears` for other libraries' quantisation.
+
+        What stays in float32 goes by the tensors that there are: not every router has a correction bias.
+        """
         super().post_init()
         inherit_converters(type(self))
         if (getattr(self.config, "load_options", None) or LOAD_OPTIONS)["foreign_quantization"]:
             use_plain_linears(self)
+        names = [name for tensors in (self.named_parameters(), self.named_buffers()) for name, _ in tensors]
+        strict = self._keep_in_fp32_modules_strict
+        self._keep_in_fp32_modules_strict = {part for part in strict if any(part in name for name in names)}
         self.name_present_layers()
 
     def name_present_layers(self) -> None:

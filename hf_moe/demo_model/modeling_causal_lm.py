@@ -215,7 +215,7 @@ class CausalLMMixin:
         for depth, (states, head) in enumerate(mtp):
             groups.append((head, states, mtp_targets(following, depth, joints, inputs.get("attention_mask"))))
         ready = logits if isinstance(logits, torch.Tensor) and logits.shape[1] == hidden_states.shape[1] else None
-        sums, counts = _sums_by_group(groups, ready, self.config.get_text_config().vocab_size)
+        sums, counts = _sums_by_group(groups, ready, self._num_logits())
         if num_items is not None:
             num_items = num_items.to(sums[0].device) if isinstance(num_items, torch.Tensor) else num_items
             main_loss, *mtp_loss = (total / num_items for total in sums)
@@ -224,9 +224,13 @@ class CausalLMMixin:
         mtp_loss = [total / count.clamp(min=1) for total, count in zip(sums[1:], counts[1:])]
         return sums[0] / counts[0], mtp_loss
 
+    def _num_logits(self) -> int:
+        config = self.config.get_text_config()
+        return getattr(config, "head_size", config.vocab_size)  # LongCat-Next has a head for some of its ids
+
     def _custom_losses(self, hidden_states, logits, mtp, labels, inputs, loss_arguments):
         """The same from logits, by the function that the user set: it is handed labels, and shifts them itself."""
-        arguments = {"vocab_size": self.config.get_text_config().vocab_size, **loss_arguments}
+        arguments = {"vocab_size": self._num_logits(), **loss_arguments}
         arguments.pop("kept", None)
         main_loss = self.loss_function(logits=logits, labels=labels, **arguments)
         if not mtp:

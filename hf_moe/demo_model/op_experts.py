@@ -23,6 +23,7 @@ from .triton_compat import cdiv, runs_kernels
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_BACKEND_NAME = "hf_moe_triton"
+_NO_LORA = ExpertLora()
 
 
 # --- the definition ---------------------------------------------------------------------------------------------------
@@ -133,13 +134,19 @@ def _check(hidden, topk_indices, topk_weights, weights: tuple, lora: ExpertLora,
             raise ValueError(f"{name} is {weight.dtype} and its scale is {'missing' if scale is None else 'given'}")
         if scale is not None and tuple(scale.shape) != grid:
             raise ValueError(f"the scale of {name} has shape {tuple(scale.shape)}, expected {grid}")
+    if lora is not _NO_LORA:
+        _check_lora(lora, (topk_indices.numel(), *hidden.shape), (num_experts, rows, inter))
+
+
+def _check_lora(lora: ExpertLora, rows_of: tuple[int, int, int], sizes: tuple[int, int, int]) -> None:
+    (slots, tokens, width), (num_experts, rows, inter) = rows_of, sizes
     expected = {
         "gate_up_a": (num_experts, -1, width),
         "gate_up_b": (num_experts, rows, -1),
         "down_a": (num_experts, -1, inter),
         "down_b": (num_experts, width, -1),
         "kept_hidden": (tokens, width),
-        "kept_inner": (topk_indices.numel(), inter),
+        "kept_inner": (slots, inter),
     }
     for name, shape in expected.items():
         tensor = getattr(lora, name)
@@ -195,7 +202,8 @@ def experts(
     """
     weights = (gate_up_proj, down_proj, gate_up_scale, down_scale)
     options = ExpertOptions(quantize, ue8m0, activation, float(limit), tuple(block_size))
-    _check(hidden_states, topk_indices, topk_weights, weights, lora or ExpertLora(), options)
+    lora = lora or _NO_LORA
+    _check(hidden_states, topk_indices, topk_weights, weights, lora, options)
     fused = activation in FUSED and (gate_up_scale is None or options.block_size == SCALE_BLOCKS)
     if impl is None and hidden_states.device.type == "cpu":
         impl = "cpu"
@@ -208,14 +216,14 @@ def experts(
     if gate_up_scale is not None or down_scale is not None:  # frozen, whatever `model.requires_grad_(True)` has marked
         gate_up_proj, down_proj = (w.detach() if w.itemsize == 1 else w for w in (gate_up_proj, down_proj))
         weights = (gate_up_proj, down_proj, gate_up_scale, down_scale)
-    tensors = (topk_weights, gate_up_proj, down_proj, *(lora.factors if lora else ()))
+    tensors = (topk_weights, gate_up_proj, down_proj, *lora.factors)
     if hidden_states.shape[0] == 0:
         # Nothing to do, but everything takes part in the backward pass.
         trained = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
         return sum((tensor[:0].sum().to(hidden_states.dtype) for tensor in trained), hidden_states.clone())
     if impl == "torch":
         return experts_torch(hidden_states, topk_indices, topk_weights, *weights, lora, *options)
-    lora, dtype = lora or ExpertLora(), hidden_states.dtype
+    dtype = hidden_states.dtype
     if impl == "cpu" and hidden_states.shape[0] == 1:
         # Roundings of a single token meet in a few sums, such as one for a routing weight's gradient.
         hidden_states = hidden_states.to(torch.promote_types(dtype, torch.float32))

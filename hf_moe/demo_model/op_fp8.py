@@ -100,7 +100,7 @@ def fp8_linear(
     Returns (..., O).
     """
     device = rows.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         rows = rows.to(torch.get_autocast_dtype(device))
     flat = rows.reshape(-1, rows.shape[-1])
     if torch.compiler.is_compiling():

@@ -364,6 +364,8 @@ def _our_experts_forward(
 ) -> torch.Tensor:
     """Experts of our layout in the forms for the CPU, of which those for FP8 and for LoRA run anywhere."""
     fp8, device = getattr(experts, "fp8", None), hidden_states.device.type
+    if device == "meta":
+        return torch.empty_like(hidden_states)
     form, limit = gate
     weights = (experts.gate_up_proj, experts.down_proj)
     in_one_form = lora is not None or limit or _takes_gradient(hidden_states, topk_weights, *weights)

@@ -145,9 +145,10 @@ def _over_fp8_max(magnitudes: torch.Tensor) -> torch.Tensor:
 
 
 def round_up_to_power_of_two(values: torch.Tensor) -> torch.Tensor:
-    """The least power of two that is no smaller, for positive normal float32 values."""
+    """The least power of two that is no smaller, for positive normal float32 values; infinity and NaN stay."""
     mantissa, exponent = torch.frexp(values)  # mantissa in [0.5, 1)
-    return torch.ldexp(torch.ones_like(values), exponent - (mantissa == 0.5).to(exponent.dtype))
+    powers = torch.ldexp(torch.ones_like(values), exponent - (mantissa == 0.5).to(exponent.dtype))
+    return torch.where(values.isfinite(), powers, values)
 
 
 def quantize_rows(
