@@ -7,7 +7,6 @@ one is refused.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -29,6 +28,7 @@ from ..version import __version__
 from .plan import Copy, Group, Part, Plan, Tensors
 from .progress import ProgressDisplay
 from .source import MANIFEST_NAME, Source, memory_of, read_json
+from .target import FILES_NAME, STATE_NAME, check_target, partial_folder, partial_path
 from .writer import (
     PIECE_BYTES,
     Piece,
@@ -42,8 +42,8 @@ from .writer import (
     source_part,
 )
 
-STATE_NAME = "state.json"
-FILES_NAME = "files"
+__all__ = ["Summary", "convert", "partial_path"]
+
 _SPARE_BYTES = 16 << 20  # beside the tensors: index, manifest, file system
 _COPY_BYTES = 8 << 20
 _OPEN_FILES = 8
@@ -115,76 +115,17 @@ def convert(
     if dry_run:
         return summary
     started = time.monotonic()
-    with _partial_folder(target) as folder:
+    with partial_folder(source, target, progress) as folder:
         job = _Job(source, plan, target, folder, shards, pieces, workers)
         summary.resumed = job.load_state(progress)
         job.check_disk()
         job.run(summary, progress)
-        summary.manifest = job.finish()
+        try:
+            summary.manifest = job.finish()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(job.interrupted()) from None
     summary.seconds = time.monotonic() - started
     return summary
-
-
-def check_target(source: Source, target: Path) -> None:
-    """Refuses targets that would overwrite something.
-
-    Raises:
-        CheckpointError: that names the folder.
-    """
-    real = target.resolve()
-    if source.folder is not None:
-        origin = source.folder.resolve()
-        if real == origin or real.is_relative_to(origin) or origin.is_relative_to(real):
-            raise CheckpointError(f"{target}: lies in the source {source.folder}, or around it. Name another folder.")
-    if target.is_symlink():
-        raise CheckpointError(f"{target}: is a link. Name a folder.")
-    if target.exists():
-        if not target.is_dir():
-            raise CheckpointError(f"{target}: is a file. Name a folder that does not exist yet.")
-        if any(target.iterdir()):
-            raise CheckpointError(f"{target}: exists and is not empty. Name another folder, or remove it.")
-        if os.path.ismount(target):
-            raise CheckpointError(f"{target}: is a mount point, which cannot be replaced. Name a folder in it.")
-    parent = target.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise CheckpointError(f"{target}: {parent} is a file, not a folder.")
-    if not os.access(parent, os.W_OK | os.X_OK) or os.statvfs(parent).f_flag & os.ST_RDONLY:
-        raise CheckpointError(f"{target}: {parent} cannot be written to. Name another folder.")
-
-
-def partial_path(target: Path) -> Path:
-    """Where a conversion to `target` lies until it is complete."""
-    return target.with_name(target.name + ".partial")
-
-
-@contextlib.contextmanager
-def _partial_folder(target: Path) -> Iterator[Path]:
-    """The partial folder of a target, locked against a second conversion; removed if nothing is worth keeping."""
-    folder = partial_path(target.absolute())
-    try:
-        (folder / FILES_NAME).mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be made ({error.strerror}). Name another target.") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise CheckpointError(f"{folder}: another conversion is writing to it.") from None
-    try:
-        if not (folder / STATE_NAME).exists() and any((folder / FILES_NAME).iterdir()):
-            raise CheckpointError(f"{folder}: holds files that no conversion accounts for. Move them or remove it.")
-    except CheckpointError:
-        os.close(lock)
-        raise
-    try:
-        yield folder
-    finally:
-        if not (folder / STATE_NAME).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
 
 
 def _pieces(source: Source, shard: Shard) -> list[Piece]:
@@ -281,8 +222,10 @@ class _Job:
         sizes = self.source.store.files()
         carried = self.source.carried if self.plan.carried is None else self.plan.carried
         needed += sum(sizes[name] for name in carried) + sum(map(len, self.plan.files.values()))
-        for path in self.files.iterdir():  # of the file that was under way, which is written again
-            if path.name not in self.finished:
+        for path in self.files.iterdir():  # what was under way, and is written again
+            if path.is_dir():  # of carried templates
+                shutil.rmtree(path)
+            elif path.name not in self.finished:
                 path.unlink()
         free = shutil.disk_usage(self.files).free
         if needed > free:
@@ -319,7 +262,7 @@ class _Job:
             except KeyboardInterrupt:
                 self.stop.set()
                 pool.shutdown()
-                raise KeyboardInterrupt(self._interrupted()) from None
+                raise KeyboardInterrupt(self.interrupted()) from None
             finally:
                 self.stop.set()  # without an exception all have ended
                 pool.shutdown()
@@ -336,7 +279,8 @@ class _Job:
             except OSError as error:
                 raise self._explain(error) from error
 
-    def _interrupted(self) -> str:
+    def interrupted(self) -> str:
+        """What an interrupted conversion says."""
         done = f"{len(self.finished)} of {len(self.shards)} weight files are finished"
         return f"Interrupted; {done} in {self.state_path.parent}. Repeat the command to go on."
 
@@ -345,6 +289,11 @@ class _Job:
             return CheckpointError(
                 f"{self.files}: the disk is full ({error.strerror}). Make room and repeat the command to go on; "
                 f"{len(self.finished)} of {len(self.shards)} weight files are finished."
+            )
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return CheckpointError(
+                f"{self.target}: was filled by somebody else meanwhile. Move that folder and repeat the command; all "
+                f"weight files are finished in {self.files}."
             )
         return CheckpointError(f"{error.filename or self.files}: {error.strerror or error}.")
 

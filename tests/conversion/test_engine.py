@@ -256,6 +256,73 @@ def test_two_conversions_do_not_write_to_one_target(source, tmp_path):
     run(source, tmp_path / "out")
 
 
+def test_a_folder_of_the_partial_name_that_is_somebody_elses_stays(source, tmp_path):
+    folder = partial_path(tmp_path / "out")
+    folder.mkdir()
+    (folder / "precious").write_text("mine")
+    with pytest.raises(CheckpointError, match="out.partial: holds precious, which no conversion accounts for"):
+        run(source, tmp_path / "out")
+    assert content(folder) == {"precious": b"mine"}
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_source_of_the_partial_name_stays(source, linked, tmp_path):
+    named = partial_path(tmp_path / "out")
+    place = shutil.copytree(source, tmp_path / "elsewhere" if linked else named)
+    if linked:
+        named.symlink_to(place)
+    with pytest.raises(CheckpointError, match=f"out.partial: {'is a link' if linked else 'the source lies there'}"):
+        run(named, tmp_path / "out")
+    assert content(place) == content(source) and not (tmp_path / "out").exists()
+
+
+def test_stopped_while_small_files_are_carried_it_goes_on(source, whole, tmp_path, monkeypatch):
+    def interrupt(job, files):
+        assert (job.files / "additional_chat_templates" / "tools.jinja").exists()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._Job, "_manifest", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="5 of 5 weight files are finished .*Repeat the command"):
+            run(source, tmp_path / "out")
+    assert content(run(source, tmp_path / "out")) == content(whole)
+
+
+def test_a_target_that_appears_while_the_source_is_read_stays(source, whole, tmp_path, monkeypatch):
+    def lay_out_while_another_runs(*arguments):
+        monkeypatch.undo()
+        run(source, tmp_path / "out")
+        return lay_out(*arguments)
+
+    monkeypatch.setattr(engine, "lay_out", lay_out_while_another_runs)
+    with pytest.raises(CheckpointError, match="out: exists and is not empty"):
+        run(source, tmp_path / "out")
+    assert content(tmp_path / "out") == content(whole) and not partial_path(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("nothing", [False, True], ids=["files", "nothing"])
+def test_file_systems_that_lock_no_folders(source, whole, nothing, tmp_path, monkeypatch, capsys):
+    flock = fcntl.flock
+
+    def of_nfs(descriptor, operation):  # which asks for what is open for writing
+        if nothing or fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    assert content(run(source, tmp_path / "out", progress=True)) == content(whole)
+    assert not partial_path(tmp_path / "out").exists()
+    assert ("cannot be locked: start no second conversion" in capsys.readouterr().err) == nothing
+    folder = partial_path(tmp_path / "again")
+    folder.mkdir()
+    if not nothing:
+        with open(folder / "lock", "w") as held:
+            flock(held.fileno(), fcntl.LOCK_EX)
+            with pytest.raises(CheckpointError, match="another conversion is writing"):
+                run(source, tmp_path / "again")
+        run(source, tmp_path / "again")
+
+
 def test_a_dry_run_writes_nothing_and_says_what_would_be(source, whole, tmp_path):
     opened = open_source(source)
     summary = convert(opened, plan_bf16(opened), tmp_path / "out", max_shard_size="1MB", dry_run=True)
