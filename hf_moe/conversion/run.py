@@ -346,7 +346,8 @@ class _Job:
             files[shard.filename] = {"size": record["size"], "sha256": record["sha256"]}
         small = dict(self.plan.files)
         if self.plan.config is not None:
-            kept = self.plan.config == self.source.config and "config.json" in self.source.store.files()
+            store = self.source.store  # whose file may be in other words: that of DeepSeek's inference code
+            kept = "config.json" in store.files() and self.plan.config == read_json(store, "config.json")
             small["config.json"] = self.source.read_file("config.json") if kept else _json(self.plan.config, sort=False)
         if self.plan.shard_of is None and len(self.shards) > 1:
             small[INDEX_NAME] = self._index()

@@ -144,7 +144,10 @@ class LocalStore(Store):
             stream.seek(begin)
             done = 0
             while done < len(buffer):
-                count = stream.readinto(buffer[done:])
+                try:
+                    count = stream.readinto(buffer[done:])
+                except OSError as error:  # which does not know its file
+                    raise CheckpointError(f"{self.path(filename)}: {what} cannot be read: {error.strerror}.") from error
                 if not count:
                     raise CheckpointError(f"{self.path(filename)}: ended inside {what}. Download it again.")
                 done += count
@@ -322,6 +325,11 @@ def _weight_files(store: Store, present: Mapping[str, int]) -> tuple[list[str], 
             _refuse_pickle(store, filename)
             if filename not in present:
                 raise CheckpointError(f"{store.path(filename)}: this shard of {INDEX_NAME} is missing.")
+        if SINGLE_NAME in present and SINGLE_NAME not in filenames:  # which Transformers would load instead
+            raise CheckpointError(
+                f"{store.path(SINGLE_NAME)}: stands beside {INDEX_NAME}, which does not name it. Only one of the two "
+                "can be the checkpoint: move the other one away."
+            )
         return filenames, weight_map
     if SINGLE_NAME in present:
         return [SINGLE_NAME], None

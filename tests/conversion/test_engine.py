@@ -19,7 +19,7 @@ from hf_moe.conversion import writer
 from hf_moe.conversion.plan import Copy, Group, Output, Part, Plan, copy_group
 from hf_moe.conversion.quantization import plan_bf16, plan_fp8
 from hf_moe.conversion.run import convert, partial_path
-from hf_moe.conversion.source import carried_files, open_source
+from hf_moe.conversion.source import LocalStore, carried_files, open_source
 from hf_moe.conversion.writer import file_hash, lay_out, parse_size
 from hf_moe.models.weights_safetensors import CheckpointError
 
@@ -366,6 +366,12 @@ def test_a_disk_that_fills_up_leaves_what_is_finished(source, whole, call, tmp_p
             run(source, tmp_path / "out", workers=1)
     assert not (tmp_path / "out").exists()
     assert content(run(source, tmp_path / "out")) == content(whole)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="reads a file whose first byte cannot be read")
+def test_a_source_that_cannot_be_read_is_named():
+    with pytest.raises(CheckpointError, match="/proc/self/mem: tensor x cannot be read: Input/output error."):
+        LocalStore(Path("/proc/self")).read_into("mem", 0, memoryview(bytearray(8)), "tensor x")
 
 
 def test_an_empty_folder_may_be_the_target(source, whole, tmp_path):

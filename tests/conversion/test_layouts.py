@@ -135,7 +135,8 @@ def test_inference_configuration():
     assert back["quantization_config"].items() <= stored["quantization_config"].items()
 
 
-def test_inference_files_without_our_configuration(tmp_path):
+@pytest.mark.parametrize("named", ["inference_config.json", "config.json"])
+def test_inference_files_without_our_configuration(named, tmp_path):
     """Files that DeepSeek's own script wrote, with its own configuration beside them."""
     tensors, config = read_tensors(golden("v2_lite_greedy")), read_config(golden("v2_lite_greedy"))
     folder = tmp_path / "source"
@@ -145,7 +146,7 @@ def test_inference_files_without_our_configuration(tmp_path):
     result = run("convert", folder, tmp_path / "back", "--to", "hub")
     assert result.exit_code == 2 and "inference_config.json" in message(result)
     converted(golden("v2_lite_greedy"), tmp_path / "ours", "--to", "inference")
-    (folder / "inference_config.json").write_bytes((tmp_path / "ours" / "inference_config.json").read_bytes())
+    (folder / named).write_bytes((tmp_path / "ours" / "inference_config.json").read_bytes())
     converted(folder, tmp_path / "back", "--to", "hub")
     assert_same_tensors(read_tensors(tmp_path / "back"), tensors)
     ids = torch.arange(5, 17)[None]

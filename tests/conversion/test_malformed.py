@@ -89,6 +89,11 @@ def with_bytes(path, change):
     path.write_bytes(change(path.read_bytes()))
 
 
+def with_single_file(folder):
+    fp8(folder, shards=2)
+    shutil.copy(golden("v3_fp8") / "model.safetensors", folder / "model.safetensors")
+
+
 def only_pickle(folder):
     fp8(folder)
     weights(folder).rename(folder / "pytorch_model.bin")
@@ -157,6 +162,7 @@ SOURCES = [
     ("pickle", only_pickle, "bf16", ["pytorch_model.bin", "pickle"]),
     ("index_names_pickle", index(lambda c: c["weight_map"].update({Q_A: "pytorch_model.bin"})), "bf16",
      ["pytorch_model.bin", "pickle"]),
+    ("index_beside_single_file", with_single_file, "bf16", ["model.safetensors: stands beside", "move the other"]),
     ("index_empty", index(lambda c: c.update(weight_map={})), "bf16", ["index.json", "names no tensor"]),
     ("index_is_no_json", lambda f: (fp8(f, shards=2), (f / "model.safetensors.index.json").write_text("no")), "bf16",
      ["index.json", "JSON"]),
