@@ -38,6 +38,9 @@ LICENCE_FILE = re.compile(r"(licen[cs]e|copying)([-._].*)?", re.IGNORECASE)
 HUB_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _MARK = "<!-- Written by hf-moe {version}; once edited, this card is yours and stays. sha256:{digest} -->\n"
 _MARK_LINE = re.compile(r"<!-- Written by hf-moe [^;]*; .* sha256:([0-9a-f]{64}) -->\n\Z")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_MTP_LAYER = re.compile(r"\.mtp\.layers\.(\d+)\.")
+_INFERENCE_FILE = re.compile(r"model\d+-mp\d+\.safetensors")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -78,6 +81,7 @@ class Checkpoint:
     - `name`: for the heading; `address`: what the snippets pass to `from_pretrained`.
     - `files`: names in the repository as it will be.
     - `tensors`: names of tensors; empty where the weights are not at hand.
+    - `metadata`: what the README in the folder states, and under `ours` whether one of our cards does.
     """
 
     name: str
@@ -89,6 +93,11 @@ class Checkpoint:
     chat_template: bool = False
     code: bool = True
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> int:
+        """Files of DeepSeek's inference code, one a rank, which Transformers does not load; 0 in the Hub's layout."""
+        return sum(bool(_INFERENCE_FILE.fullmatch(name)) for name in self.files)
 
 
 def read_checkpoint(folder: Path, address: str | None = None, code: bool = True) -> Checkpoint:
@@ -146,7 +155,8 @@ def _readme_metadata(folder: Path) -> dict[str, Any]:
         stated = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, YAMLError):  # metadata that cannot be read: the README says nothing then
         return {}
-    return {key: stated[key] for key in ("base_model", "license", "license_name", "license_link") if stated.get(key)}
+    keys = ("base_model", "license", "license_name", "license_link")
+    return {"ours": bool(_MARK_LINE.search(text)), **{key: stated[key] for key in keys if stated.get(key)}}
 
 
 # --- whose card is it -------------------------------------------------------------------------------------------------
@@ -181,7 +191,7 @@ def render_card(checkpoint: Checkpoint, options: CardOptions = CardOptions(), tr
     adapter = training is not None and training.adapter
     data = ModelCardData(
         language=list(family.languages) if licence_of(base) else None,
-        library_name="peft" if adapter else "transformers",
+        library_name="peft" if adapter else None if checkpoint.ranks else "transformers",
         datasets=list(training.datasets) or None if training else None,
         pipeline_tag="image-text-to-text" if model_type == "step3_vl" else "text-generation",
         base_model=base,
@@ -195,7 +205,7 @@ def render_card(checkpoint: Checkpoint, options: CardOptions = CardOptions(), tr
         data,
         template_path=str(TEMPLATE),
         title=options.title or checkpoint.name,
-        introduction=training.origin if training else _introduction(family, base),
+        introduction=training.origin if training else _introduction(checkpoint, options, family, base),
         summary=family.summary,
         needs="With `hf-moe[train]` installed:" if adapter else _needs(checkpoint),
         snippets=[_adapter(checkpoint)] if adapter else snippets(checkpoint, model_type, base),
@@ -221,13 +231,28 @@ def base_model_of(checkpoint: Checkpoint, options: CardOptions) -> str | None:
         if not _HUB_NAME.fullmatch(options.base_model):
             raise ValueError(f"--base-model {options.base_model!r} is not of the form owner/name.")
         return options.base_model
-    for step in _steps(checkpoint.manifest):
-        name = _source_name(step).partition("@")[0]
-        if _HUB_NAME.fullmatch(name):
-            return name
+    recorded = _recorded_base(checkpoint)
+    if recorded:
+        return recorded
     stated = checkpoint.metadata.get("base_model")
     stated = stated[0] if isinstance(stated, list) and stated else stated
     return stated if isinstance(stated, str) and _HUB_NAME.fullmatch(stated) else None
+
+
+def _recorded_base(checkpoint: Checkpoint) -> str | None:
+    """The repository that the first conversion from the Hub read."""
+    names = (_source_name(step).partition("@")[0] for step in _steps(checkpoint.manifest))
+    return next((name for name in names if _HUB_NAME.fullmatch(name)), None)
+
+
+def _is_descendant(checkpoint: Checkpoint, options: CardOptions) -> bool:
+    """Whether the base is only what somebody's README names: the weights are then those of a model made from it."""
+    return not (options.base_model or _recorded_base(checkpoint) or checkpoint.metadata.get("ours"))
+
+
+def _titles(checkpoint: Checkpoint) -> str:
+    """What the conversions did."""
+    return "\n".join(str(step.get("title", "")) for step in _steps(checkpoint.manifest)).lower()
 
 
 def _steps(manifest: Mapping[str, Any] | None) -> list[dict[str, Any]]:
@@ -243,12 +268,14 @@ def _source_name(step: Mapping[str, Any]) -> str:
 
 
 def _relation(checkpoint: Checkpoint, training: Training | None) -> str | None:
+    """How the files come from the base, where a conversion says so; the Hub finds a word of its own elsewhere."""
     if training is not None:
         return "adapter" if training.adapter else "finetune"
-    titles = " ".join(str(step.get("title", "")) for step in _steps(checkpoint.manifest)).lower()
+    titles = _titles(checkpoint)
     if "lora" in titles or "merge" in titles:
         return "finetune"
-    return "quantized" if titles and stored_precision(checkpoint.config) in ("fp8", "int4") else None
+    quantised = "to block fp8" in titles and stored_precision(checkpoint.config) == "fp8"
+    return "quantized" if quantised else None
 
 
 def _tags(checkpoint: Checkpoint, model_type: str) -> list[str]:
@@ -258,18 +285,36 @@ def _tags(checkpoint: Checkpoint, model_type: str) -> list[str]:
     precision = stored_precision(checkpoint.config)
     if precision in ("fp8", "int4"):
         tags.append(precision)
-    if checkpoint.code:
+    if checkpoint.code and not checkpoint.ranks:
         tags.append("custom_code")
     return tags
 
 
 def has_mtp(checkpoint: Checkpoint) -> bool:
-    """Whether there are layers for multi-token prediction: by the tensors, or by the configuration without tensors."""
+    """Whether there are layers for multi-token prediction."""
+    return mtp_depths(checkpoint) > 0
+
+
+def mtp_depths(checkpoint: Checkpoint) -> int:
+    """Layers for multi-token prediction: by the tensors, or by the configuration without tensors."""
     config = checkpoint.config
-    if checkpoint.tensors:
-        layers = config.get("num_hidden_layers")
-        return any(".mtp." in name or name.startswith(f"model.layers.{layers}.") for name in checkpoint.tensors)
-    return bool(config.get("num_nextn_predict_layers"))
+    if checkpoint.ranks:
+        return 0
+    if not checkpoint.tensors:
+        return config.get("num_nextn_predict_layers") or 0
+    own = {int(match[1]) for match in map(_MTP_LAYER.search, checkpoint.tensors) if match}  # LongCat's
+    layers = {int(match[1]) for match in map(_LAYER.match, checkpoint.tensors) if match}
+    count = config.get("num_hidden_layers")
+    return len(own) or (len({layer for layer in layers if layer >= count}) if isinstance(count, int) else 0)
+
+
+def known_licence(checkpoint: Checkpoint, options: CardOptions) -> Licence | None:
+    """The licence of the release that the weights are of, unless somebody says another."""
+    if options.licence:
+        return None
+    if isinstance(checkpoint.metadata.get("license"), str) and _is_descendant(checkpoint, options):
+        return None  # whoever made the model from the base has said under which licence
+    return licence_of(base_model_of(checkpoint, options))
 
 
 def _licence(
@@ -279,11 +324,12 @@ def _licence(
     texts = sorted(name for name in checkpoint.files if LICENCE_FILE.fullmatch(name))
     see = f" See [`{texts[0]}`]({texts[0]})." if texts else ""
     stated = checkpoint.metadata.get("license")
-    known = licence_of(base)
+    known = known_licence(checkpoint, options)
     if options.licence:
         if not HUB_LICENCE.fullmatch(options.licence):
             raise ValueError(f"--license {options.licence!r} is not in the Hub's spelling, such as mit or apache-2.0.")
-        return f"`{options.licence}`.{see}", {"license": options.licence}
+        own = {"license_name": "see-file", "license_link": texts[0]} if options.licence == "other" and texts else {}
+        return f"`{options.licence}`.{see}", {"license": options.licence, **own}
     if known:
         title = f"[{known.title}]({known.link})" if known.link else known.title
         owner = family.maker or base.partition("/")[0]
@@ -302,14 +348,28 @@ def metadata_of(licence: Licence) -> dict[str, str]:
     return {key: value for key, value in fields.items() if value}
 
 
-def _introduction(family: Family, base: str | None) -> str:
+def _introduction(checkpoint: Checkpoint, options: CardOptions, family: Family, base: str | None) -> str:
     architecture = f"{family.title} architecture" + (f" by {family.maker}" if family.maker else "")
-    if base:
-        return f"Weights of [{base}](https://huggingface.co/{base}), in the {architecture}."
-    return f"A model in the {architecture}."
+    titles = _titles(checkpoint)
+    link = f"[{base}](https://huggingface.co/{base})"
+    what = f"Weights of {link}," if base else "A model"
+    if base and _is_descendant(checkpoint, options):
+        what = f"A model made from {link}, as its README says,"
+    if "lora" in titles or "merge" in titles:
+        what = f"{link} with a LoRA adapter merged into it," if base else "A model with a LoRA adapter merged into it,"
+    text = f"{what} in the {architecture}."
+    if re.search(r"^slice\b", titles, re.MULTILINE):
+        text += " Only some of its layers or experts are left, for trying code out: what it writes makes no sense."
+    return text
 
 
 def _needs(checkpoint: Checkpoint) -> str:
+    if checkpoint.ranks:
+        return (
+            f"The files are for DeepSeek's own `inference/generate.py` on {checkpoint.ranks} "
+            f"{'process' if checkpoint.ranks == 1 else 'processes'}, with `inference_config.json` as its `--config`. "
+            "`hf-moe convert FOLDER TARGET --to hub` makes a checkpoint of them that Transformers loads."
+        )
     if not checkpoint.code:
         return "With `hf_moe` installed and `import hf_moe` before the first line:"
     return (
@@ -329,6 +389,8 @@ class Snippet:
 
 def snippets(checkpoint: Checkpoint, model_type: str, base: str | None) -> list[Snippet]:
     """Programs that run as they stand, one after the other in the same process."""
+    if checkpoint.ranks:
+        return []
     remote = ", trust_remote_code=True" if checkpoint.code else ""
     if model_type == "step3_vl" and checkpoint.files & {"processor_config.json", "preprocessor_config.json"}:
         return [_picture(checkpoint, remote)]
@@ -402,6 +464,8 @@ def _sizes(checkpoint: Checkpoint, model_type: str) -> tuple[list[tuple[str, str
     if model_type not in READERS:
         return [], [], ""
     config = {**checkpoint.config, "model_type": model_type}
+    if (config.get("num_nextn_predict_layers") or 0) != mtp_depths(checkpoint):  # files may hold more, or none
+        config["num_nextn_predict_layers"] = mtp_depths(checkpoint)
     architecture = read_architecture(config, checkpoint.name)
     parts, _ = count_parameters(Source(checkpoint.name, "card", config), architecture)
     rows = [("main model", cost.total_params(parts)), ("active per token", cost.active_params(parts))]

@@ -23,8 +23,7 @@ from huggingface_hub.utils import get_session, validate_repo_id
 
 from ..units import bytes_text
 from .bundle import PROCESSOR_FILES, code_bundle, knows_model_type
-from .card import LICENCE_FILE, CardOptions, base_model_of, is_ours, read_checkpoint, render_card
-from .families import licence_of
+from .card import LICENCE_FILE, CardOptions, is_ours, known_licence, read_checkpoint, render_card
 from .manifest import MANIFEST, with_manifest
 
 README = "README.md"
@@ -101,21 +100,23 @@ def plan_push(folder: Path, repo: str, options: PushOptions = PushOptions()) -> 
     if not (folder / "config.json").is_file():
         raise PushError(f"{folder} is no checkpoint folder: it has no config.json.")
     found, left = collect_files(folder, options.exclude)
+    if "config.json" not in found:
+        raise PushError(f"{folder / 'config.json'} would stay behind by --exclude, and nothing loads without it.")
     notes: list[str] = []
     made: dict[str, bytes] = {}
-    if options.code:
+    checkpoint = read_checkpoint(folder, repo, code=_has_code(folder, options))
+    if options.code and not checkpoint.ranks:
         small = {name: found[name].read_bytes() for name in ("config.json", *PROCESSOR_FILES) if name in found}
         made |= code_bundle(small, str(folder))
         replaced = [name for name in made if name.endswith(".py") and name in found]
         if any(found[name].read_bytes() != made[name] for name in replaced):
             notes.append("Modules of the folder that differ from those of this hf_moe are replaced by the latter.")
-    checkpoint = read_checkpoint(folder, repo, code=_has_code(folder, options))
     card, card_note = _card_is_ours(folder, options)
     if card and not options.card and not knows_model_type(checkpoint.config):
         card, card_note = False, "There is no card for this model type."
     notes += [card_note] if card_note else []
     if not any(LICENCE_FILE.fullmatch(name) for name in found):
-        licence = licence_of(None if options.about.licence else base_model_of(checkpoint, options.about))
+        licence = known_licence(checkpoint, options.about)
         if licence is not None:
             made["LICENSE"] = licence.read()
             checkpoint = replace(checkpoint, files=checkpoint.files | {"LICENSE"})

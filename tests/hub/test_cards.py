@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from hf_moe.cli import app
 from hf_moe.hub.card import CardOptions, Checkpoint, is_ours, read_checkpoint, render_card
 from hf_moe.hub.families import FAMILIES, RELEASES, licence_of
-from hf_moe.hub.push import push
+from hf_moe.hub.push import PushOptions, plan_push, push
 from hf_moe.hub.tokenizer import convert_tokenizer
 from hf_moe.inspect.report import inspect_model
 from hf_moe.units import bytes_text
@@ -152,6 +152,66 @@ def test_licence_and_base_model_as_told_or_as_an_older_readme_says(tmp_path):
     (tmp_path / "LICENSE.txt").write_text("mine")
     own = ModelCard(render_card(read_checkpoint(tmp_path))).data
     assert own.license == "other" and own.license_link == "LICENSE.txt"
+
+
+UPSTREAM = {"source": {"name": "deepseek-ai/DeepSeek-V3@0123abcd"}}
+LOCAL = {"source": {"name": "model"}}
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.parametrize(
+    "titles, fp8, relation, words",
+    [
+        (["block FP8 to bfloat16"], False, None, "Weights of [{}]"),
+        (["block FP8 to bfloat16", "bfloat16 to block FP8 with float32 scales"], True, "quantized", "Weights of [{}]"),
+        (["the same tensors in other files"], True, None, "Weights of [{}]"),
+        (["slice: 2 of 61 layers, 8 of 256 experts"], True, None, "Only some of its layers or experts"),
+        (["LoRA adapter merged"], True, "finetune", "[{}](https://huggingface.co/{}) with a LoRA adapter merged"),
+    ],
+)
+def test_what_the_conversions_made_of_the_base(titles, fp8, relation, words):
+    config = {**tiny_config("deepseek_v3").to_dict(), **({"quantization_config": FP8} if fp8 else {})}
+    steps = [{"title": title, **(LOCAL if number else UPSTREAM)} for number, title in enumerate(titles)]
+    text = render_card(tiny_checkpoint(config=config, manifest={"steps": steps}))
+    data = ModelCard(text).data
+    assert data.base_model == "deepseek-ai/DeepSeek-V3" and data.get("base_model_relation") == relation
+    assert words.replace("{}", data.base_model) in text
+
+
+def test_the_base_that_a_release_names_is_not_the_release(tmp_path):
+    # DeepSeek-V3.1's own README says that it was made from DeepSeek-V3.1-Base, whose weights these are not.
+    tiny_model("deepseek_v3").save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("---\nlicense: cc-by-4.0\nbase_model: deepseek-ai/DeepSeek-V3-Base\n---\n")
+    text = render_card(read_checkpoint(tmp_path))
+    data = ModelCard(text).data
+    assert "Weights of" not in text and "made from [deepseek-ai/DeepSeek-V3-Base]" in text
+    assert data.license == "cc-by-4.0" and "base_model_relation" not in data.to_dict()
+    plan = plan_push(tmp_path, "me/it", PushOptions(card=True))
+    assert "LICENSE" not in [upload.name for upload in plan.uploads]
+    ours = render_card(read_checkpoint(tmp_path), CardOptions("deepseek-ai/DeepSeek-V3"))
+    (tmp_path / "README.md").write_text(ours)
+    assert render_card(read_checkpoint(tmp_path)) == ours
+
+
+def test_files_of_the_inference_code_are_not_promised_to_transformers(tmp_path):
+    config = {**tiny_config("deepseek_v3").to_dict(), "num_nextn_predict_layers": 1}
+    files = frozenset({"config.json", "inference_config.json", "model0-mp2.safetensors", "model1-mp2.safetensors"})
+    text = render_card(tiny_checkpoint(config=config, files=files))
+    data = ModelCard(text).data.to_dict()
+    assert "library_name" not in data and not {"custom_code", "multi-token-prediction"} & set(data["tags"])
+    assert "from_pretrained" not in text and "on 2 processes" in text and "MTP" not in text
+
+
+def test_mtp_layers_are_counted_where_the_files_hold_more(tmp_path):
+    layers = tiny_config("deepseek_v3").num_hidden_layers
+    names = {f"model.layers.{layer}.eh_proj.weight" for layer in (layers, layers + 1)}
+    counts = []
+    for tensors in (set(), names):
+        text = render_card(tiny_checkpoint(tensors=frozenset({"model.layers.0.mlp.up_proj.weight", *tensors})))
+        counts.append(re.findall(r"\| MTP layers \| \S+ \(([\d,]+)\) \|", text))
+    model = tiny_model("deepseek_v3", num_nextn_predict_layers=2)
+    main = tiny_model("deepseek_v3", num_nextn_predict_layers=0).num_parameters()
+    assert counts == [[], [f"{model.num_parameters() - main:,}"]]
 
 
 def test_mtp_is_promised_where_its_tensors_are():

@@ -279,6 +279,7 @@ def test_a_folder_that_verify_rejects_is_refused(hub, folder, damage):
         (("someone/bad name",), "no name of a repository"),
         ((REPO, "--license", "Not A Licence"), "--license"),
         ((REPO, "--base-model", "DeepSeek-V3"), "--base-model"),
+        ((REPO, "--exclude", "*.json"), "config.json would stay behind by --exclude"),
     ],
 )
 def test_bad_arguments(hub, folder, arguments, message):
