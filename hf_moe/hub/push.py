@@ -11,13 +11,14 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import get_session, validate_repo_id
 
@@ -31,6 +32,8 @@ README = "README.md"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 LEFTOVERS = ("*.part", "*.tmp", "*.incomplete", "*.lock", "*.pyc")
 LEFT_FOLDERS = ("__pycache__", "checkpoint-*", "runs")
+# Files that are a checkpoint together: what is left there of an earlier one would be loaded in place of the new one.
+WEIGHTS = re.compile(r"model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors|model\d+-mp\d+\.\w+")
 FILES_AT_ONCE = 5  # what the client sends side by side
 
 
@@ -259,6 +262,7 @@ def push(
         if len(uploads) < len(plan.uploads):
             report("README.md of the repository was edited there, and is kept; --card replaces it.")
         operations = _upload_large(api, uploads, repo, options, report)
+        operations += _remove_stale(api, plan, options, report)
         commit = api.create_commit(
             repo,
             operations,
@@ -291,6 +295,18 @@ def _theirs(api: HfApi, plan: Plan, options: PushOptions) -> bool:
         return False
     path = api.hf_hub_download(plan.repo, README, revision=options.revision)
     return not is_ours(Path(path).read_text(encoding="utf-8", errors="replace"))
+
+
+def _remove_stale(api: HfApi, plan: Plan, options: PushOptions, report: Callable[[str], None]) -> list:
+    """Takes weight files of an earlier checkpoint out of the repository, where its history keeps them."""
+    sent = {upload.name for upload in plan.uploads}
+    if not any(WEIGHTS.fullmatch(name) for name in sent):
+        return []
+    there = api.list_repo_files(plan.repo, revision=options.revision)
+    stale = [name for name in there if WEIGHTS.fullmatch(name) and name not in sent and name not in plan.left]
+    for name in stale:
+        report(f"removed from the repository, as of an earlier checkpoint: {name}")
+    return [CommitOperationDelete(name) for name in stale]
 
 
 def _upload_large(

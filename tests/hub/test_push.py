@@ -98,6 +98,25 @@ def test_a_second_push_changes_nothing(hub, folder):
     assert not hub.asked("PUT", ".*")
 
 
+def test_weights_of_an_earlier_checkpoint_do_not_stay_beside_the_new_ones(hub, folder, tmp_path):
+    single = tmp_path / "single"
+    other = tiny_model("deepseek_v3", seed=1)
+    other.save_pretrained(single)
+    assert (single / "model.safetensors").is_file()
+    push(single, REPO)
+    hub.add(REPO, {"figure.safetensors": b"theirs"})
+    code, output = command("push", folder, REPO)
+    assert code == 0 and "earlier checkpoint: model.safetensors" in output, output
+    assert {*contents(folder), "figure.safetensors"} <= set(hub.files(REPO)) and "model.safetensors" not in hub.files(
+        REPO
+    )
+    loaded, local = (AutoModelForCausalLM.from_pretrained(place).state_dict() for place in (REPO, folder))
+    assert all(torch.equal(loaded[name], local[name]) for name in local)
+    code, output = command("push", single, REPO, "--exclude", "model-00001-of-*")
+    assert {"model.safetensors", "figure.safetensors"} <= set(hub.files(REPO))
+    assert not [name for name in hub.files(REPO) if name.endswith(".index.json") or name.startswith("model-0000")]
+
+
 def test_public_only_when_told(hub, folder):
     push(folder, REPO, PushOptions(public=True))
     assert not hub.repositories[REPO].private
