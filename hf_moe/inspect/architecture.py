@@ -71,6 +71,7 @@ class Architecture:
     mtp_linears: tuple[Shape, ...] = ()
     mtp_other: int = 0
     mtp_active: int = 0
+    mtp_experts: int = 0  # routed experts among `mtp_linears`
     mtp_buffers: int = 0  # correction biases
     mtp_copies: int = 0  # elements that a checkpoint repeats and a model holds once
     vision_params: int = 0
@@ -213,6 +214,7 @@ def _deepseek(c: dict[str, Any], name: str) -> Architecture:
         mtp_linears=depths * block,
         mtp_other=depths * other,
         mtp_active=depths * (count_elements(chosen) + other),
+        mtp_experts=depths * experts,
         mtp_buffers=depths * experts * biased,
         mtp_copies=depths * 2 * c["vocab_size"] * hidden,
     )
@@ -223,8 +225,9 @@ def _longcat(c: dict[str, Any], name: str) -> Architecture:
     attention = _latent_attention(c)
     depths = c.get("num_nextn_predict_layers") or 0
     block = attention.linears + _mlp(hidden, c["ffn_hidden_size"])
-    # The joining projection and four norms of each depth; one norm and, in the files, a copy of the table for all.
-    other = depths * (attention.other_params + 2 * hidden * hidden + 4 * hidden) + (hidden if depths else 0)
+    block += ((hidden, 2 * hidden),)  # the joining projection, in FP8 too, unlike DeepSeek's
+    # Four norms of each depth; one norm and, in the files, a copy of the table for all.
+    other = depths * (attention.other_params + 4 * hidden) + (hidden if depths else 0)
     ngram = {}
     if c.get("ngram_vocab_size_ratio"):
         tables = c["emb_split_num"] * (c["emb_neighbor_num"] - 1)

@@ -98,11 +98,10 @@ def checkpoint_bytes(a: Architecture, precision: str) -> int:
     """
     rest = "bf16" if precision in ("fp8", "int4") else precision
     quantised = "fp8" if precision == "fp8" else rest
-    experts = a.num_moe * a.num_experts
-    if precision == "int4":
-        routed = experts * a.expert_params * (0.5 + 2 / INT4_GROUP)
-    else:
-        routed = experts * linear_bytes(_mlp(a, a.expert_width), precision)
+    expert = expert_bytes(a, precision)
+    routed = a.num_moe * a.num_experts * expert
+    if precision == "int4":  # those of MTP layers, too
+        routed += a.mtp_experts * (expert - linear_bytes(_mlp(a, a.expert_width), quantised))
     linears = (
         a.num_attentions * linear_bytes(a.attention.linears, quantised)
         + a.num_dense * linear_bytes(_mlp(a, a.dense_width), quantised)
@@ -112,8 +111,19 @@ def checkpoint_bytes(a: Architecture, precision: str) -> int:
     parts = parameters(a)
     others = sum(parts[name].total for name in ("embedding", "head", "norm", "vision"))
     others += a.num_attentions * a.attention.other_params + a.mtp_other + a.mtp_copies
-    router = parts["router"].total * max(a.router_bytes, DTYPE_BYTES[rest])
-    return round(linears + routed + others * DTYPE_BYTES[rest] + router + 4 * a.router_buffers)
+    return round(linears + routed + others * DTYPE_BYTES[rest] + router_bytes(a, rest) + 4 * a.router_buffers)
+
+
+def expert_bytes(a: Architecture, precision: str) -> float:
+    """Bytes of one routed expert."""
+    if precision == "int4":
+        return a.expert_params * (0.5 + 2 / INT4_GROUP)
+    return linear_bytes(_mlp(a, a.expert_width), precision)
+
+
+def router_bytes(a: Architecture, precision: str) -> int:
+    """Bytes of all routers of the main model, some of which stay in float32."""
+    return a.router_weights * max(a.router_bytes, DTYPE_BYTES[precision])
 
 
 def weight_bytes(a: Architecture, precision: str) -> dict[str, float]:
@@ -121,16 +131,14 @@ def weight_bytes(a: Architecture, precision: str) -> dict[str, float]:
     rest = "bf16" if precision in ("fp8", "int4") else precision
     quantised = "fp8" if precision == "fp8" else rest
     parts = parameters(a)
-    expert = a.expert_params * (0.5 + 2 / INT4_GROUP)
-    if precision != "int4":
-        expert = linear_bytes(_mlp(a, a.expert_width), precision)
-    others = sum(parts[name].total for name in ("embedding", "head", "norm", "router"))
+    expert = expert_bytes(a, precision)
+    others = sum(parts[name].total for name in ("embedding", "head", "norm"))
     others += a.num_attentions * a.attention.other_params
     ffn = a.num_dense * linear_bytes(_mlp(a, a.dense_width), quantised)
     ffn += a.num_moe * linear_bytes(_mlp(a, a.shared_width), quantised)
     linear = a.num_attentions * linear_bytes(a.attention.linears, quantised)
     return {
-        "attention": linear + others * DTYPE_BYTES[rest],
+        "attention": linear + others * DTYPE_BYTES[rest] + router_bytes(a, rest),
         "ffn": ffn + a.num_moe * a.num_experts * expert,
         "attention_read": linear + (parts["head"].total or a.vocab_size * a.hidden_size) * DTYPE_BYTES[rest],
         "ffn_always_read": ffn,

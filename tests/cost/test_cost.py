@@ -2,6 +2,8 @@
 
 import copy
 import json
+import math
+import re
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from tiny import random_ids, tiny_config, tiny_model
 from tiny_step3 import text_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_moe.conversion.families import find_family, is_float32
+from hf_moe.conversion.structure import read_structure
 from hf_moe.inspect import cost
 from hf_moe.inspect.architecture import READERS, read_architecture
 from hf_moe.inspect.count import build_on_meta, count_on_meta, count_parameters
@@ -302,6 +306,66 @@ def test_cache_bytes_of_native_models(model_type):
 )
 def test_sizes_of_published_repositories(name, precision, gigabytes):
     assert cost.checkpoint_bytes(architecture(name), precision) / 1e9 == pytest.approx(gigabytes, rel=1e-4)
+
+
+OWN = [name for name in NAMES if not name.startswith(("ernie", "qwen"))]
+
+
+# MTP layers and vision: no release has a main layer 61.
+BESIDE = re.compile(r"\.mtp\.|^model\.layers\.61\.|^vision|^vit_")
+
+
+def tensors_of_files(name: str) -> dict[str, tuple[int, ...]]:
+    """Every tensor that the files of a release hold, MTP layers and their copies included, and its shape."""
+    config = {key: value for key, value in read_source(name).config.items() if key != "quantization_config"}
+    depths = config.get("num_nextn_predict_layers") or 0
+    places = (f"model.layers.{config.get('num_hidden_layers')}.", "model.mtp.layers.0.")
+    structure = read_structure(config, {f"{place}eh_proj.weight": (1, 1) for place in places * depths})
+    copies = {copy: structure.shapes[original] for copy, original in structure.duplicates.items()}
+    return {**structure.shapes, **copies}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_checkpoint_bytes_are_those_of_every_tensor(name):
+    family = find_family(read_source(name).config)
+    totals = dict.fromkeys(cost.PRECISIONS, 0)
+    in_memory = 0  # of what decoding runs
+    for tensor, shape in tensors_of_files(name).items():
+        elements, width = math.prod(shape), 4 if is_float32(family, tensor) else 2
+        blocks = math.prod(shape[:-2]) * -(-shape[-2] // 128) * -(-shape[-1] // 128) if len(shape) > 1 else 0
+        is_fp8 = any(re.fullmatch(pattern, tensor) for pattern in family.fp8_weights)
+        is_expert = re.search(r"\.experts\.\d+\.|\.moe\.(gate|up|down)_proj", tensor)
+        totals["fp32"] += 4 * elements
+        totals["bf16"] += width * elements
+        totals["fp8"] += elements + 4 * blocks if is_fp8 else width * elements
+        totals["int4"] += elements // 2 + elements // 32 * 2 if is_expert else width * elements
+        if not BESIDE.search(tensor) and "correction_bias" not in tensor:
+            in_memory += elements + 4 * blocks if is_fp8 else width * elements
+    a = architecture(name)
+    assert {precision: cost.checkpoint_bytes(a, precision) for precision in cost.PRECISIONS} == totals
+    held = cost.weight_bytes(a, "fp8")
+    assert held["attention"] + held["ffn"] == in_memory
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_operations_of_a_decoded_token_are_those_of_every_matrix(name):
+    a, products = architecture(name), 0.0
+    for tensor, shape in tensors_of_files(name).items():
+        if BESIDE.search(tensor) or len(shape) < 2 or re.search(r"embed_tokens|ngram_embeddings\.embedders", tensor):
+            continue  # tables are looked up
+        elements = math.prod(shape)
+        if re.search(r"\.experts\.\d+\.|\.moe\.(gate|up|down)_proj", tensor):
+            elements *= a.experts_per_token / (a.num_experts + a.num_zero_experts)
+        products += 2 * elements
+    config = read_source(name).config
+    text = config.get("text_config", config)
+    heads, layers = text["num_attention_heads"], text.get("num_layers") or text["num_hidden_layers"]
+    if name == "step3":
+        attention = 2 * CONTEXT * layers * heads * 2 * 256
+    else:
+        sublayers = layers * (2 if name.startswith("longcat") else 1)
+        attention = 2 * CONTEXT * sublayers * heads * (576 + 512)
+    assert cost.decode_flops(a, CONTEXT) == pytest.approx(products + attention, rel=1e-12)
 
 
 def test_attention_weights_of_a_step3_layer():
