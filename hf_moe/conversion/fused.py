@@ -6,59 +6,18 @@ under `moe.experts`. Upstream: a matrix for each expert, and for Step3 three sta
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-
-import torch
 
 from ..models.op_quant import FP8
 from ..models.weights_experts import FUSED_EXPERTS, SCALE_SUFFIX, upstream_parts
 from ..models.weights_safetensors import CheckpointError
 from ..models.weights_step3 import FUSED_STACKS, stack_parts
 from .plain import stored_quantization
-from .plan import Copy, Group, Output, Part, Plan, Tensors, copy_group
+from .plan import Copy, Group, Output, Part, Plan, copy_group
 from .source import Source
 from .structure import fused_parameter, read_config_class
 
 _MATRIX = re.compile(r"(.*\.)mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight(_scale_inv)?$")
 _STACK = re.compile(r"(.*\.)moe\.(gate|up|down)_proj\.weight(_scale_inv)?$")
-
-
-@dataclass(frozen=True)
-class Fuse:
-    """Step that makes one (E, rows, cols) of parts: `parts[e]` stand on top of one another in expert e.
-
-    A part is a matrix, or for `expert` of a stack the matrix of that number.
-    """
-
-    parts: tuple[tuple[str, ...], ...]
-    name: str
-    stacks: bool = False
-
-    def __call__(self, tensors: Tensors) -> Tensors:
-        if self.stacks:
-            return {self.name: torch.cat([tensors[part] for part in self.parts[0]], dim=1)}
-        first = [tensors[part] for part in self.parts[0]]
-        output = first[0].new_empty((len(self.parts), sum(part.shape[0] for part in first), first[0].shape[1]))
-        for expert, parts in enumerate(self.parts):
-            start = 0
-            for part in parts:
-                matrix = tensors.pop(part)  # freed as soon as it is in its place
-                output[expert, start : start + matrix.shape[0]] = matrix
-                start += matrix.shape[0]
-        return {self.name: output}
-
-
-@dataclass(frozen=True)
-class Split:
-    """Step that takes (E, rows, cols), or one expert's part of it, apart: rows split evenly over `names`."""
-
-    alias: str
-    names: tuple[str, ...]
-    squeeze: bool
-
-    def __call__(self, tensors: Tensors) -> Tensors:
-        parts = tensors[self.alias].chunk(len(self.names), dim=1)
-        return {name: (part[0] if self.squeeze else part).contiguous() for name, part in zip(self.names, parts)}
 
 
 def plan_fused(source: Source) -> Plan:
@@ -102,13 +61,8 @@ def _fused_groups(source: Source, stem: str, suffix: str, experts: int) -> Itera
     step3 = f"{stem}moe.down_proj.weight{suffix}" in source.entries
     for target, patterns in (FUSED_STACKS if step3 else FUSED_EXPERTS).items():
         name = f"{stem}{target}{suffix}"
-        if step3:
-            parts = (tuple(f"{stem}{pattern}{suffix}" for pattern in patterns),)
-        else:
-            parts = tuple(
-                tuple(f"{stem}{pattern.format(e=expert)}{suffix}" for pattern in patterns) for expert in range(experts)
-            )
-        inputs = [part for expert in parts for part in expert]
+        numbers = (None,) if step3 else range(experts)
+        inputs = [f"{stem}{pattern.format(e=number)}{suffix}" for number in numbers for pattern in patterns]
         absent = [part for part in inputs if part not in source.entries]
         if absent:
             more = f" and {len(absent) - 1} more are" if len(absent) > 1 else " is"
@@ -127,10 +81,10 @@ def _fused_groups(source: Source, stem: str, suffix: str, experts: int) -> Itera
         shape = (experts, rows, first.shape[-1])
         if step3 and first.shape[0] != experts:
             raise source.complain(first.name, f"has {first.shape[0]} experts, but config.json says {experts}")
-        if step3 and len(patterns) == 1:
-            yield copy_group(source, inputs[0], name)
-        else:
-            yield Group(tuple(inputs), (Output(name, first.dtype, shape),), Fuse(parts, name, step3))
+        runs = tuple(inputs)  # of bytes: expert by expert, the parts of each on top of one another
+        if step3:
+            runs = tuple(Part(part, expert, expert + 1) for expert in range(experts) for part in inputs)
+        yield Group(runs, (Output(name, first.dtype, shape),), Copy())
     behind = f"{stem}mlp.experts.{experts}."
     if any(name.startswith(behind) for name in source.entries):
         raise CheckpointError(f"{source.name}: has tensors {behind}*, but config.json says {experts} experts.")
@@ -184,21 +138,23 @@ def plan_upstream(source: Source) -> Plan:
 
 
 def _upstream_groups(name: str, parameter: str, suffix: str, entry) -> Iterator[Group]:
+    experts, height, columns = entry.shape
+    if parameter.endswith("gate_up_proj") and height % 2:
+        raise CheckpointError(f"{entry.store.path(entry.filename)}: tensor {name} has {height} rows for gate and up.")
+
+    def rows(expert: int, share: int, shares: int) -> Part:
+        begin = expert * height + share * (height // shares)
+        return Part(name, begin, begin + height // shares, flat=True)
+
     stacks = stack_parts(parameter, entry.shape)
-    if stacks:
-        names = tuple(part + suffix for part, _ in stacks)
-        outputs = tuple(Output(part + suffix, entry.dtype, shape) for part, shape in stacks)
-        yield Group((name,), outputs, Copy() if len(names) == 1 else Split(name, names, squeeze=False))
-        return
-    parts = list(upstream_parts(parameter, entry.shape[0]))
-    shares = parts[0][1]
-    shape = (entry.shape[1] // shares, entry.shape[2])
-    for expert in range(entry.shape[0]):
-        names = tuple(part + suffix for part, _ in parts[expert * shares : (expert + 1) * shares])
-        alias = f"{name}[{expert}]"
-        outputs = tuple(Output(part, entry.dtype, shape) for part in names)
-        step = Copy() if shares == 1 else Split(alias, names, squeeze=True)
-        yield Group((Part(name, expert, expert + 1, alias=alias),), outputs, step)
+    for share, (part, _) in enumerate(stacks):
+        runs = tuple(rows(expert, share, len(stacks)) for expert in range(experts))
+        shape = (experts, height // len(stacks), columns)
+        yield Group(runs, (Output(part + suffix, entry.dtype, shape),), Copy())
+    for index, (part, shares) in enumerate(upstream_parts(parameter, experts)):
+        expert, share = divmod(index, shares)
+        shape = (height // shares, columns)
+        yield Group((rows(expert, share, shares),), (Output(part + suffix, entry.dtype, shape),), Copy())
 
 
 def plan_same(source: Source) -> Plan:

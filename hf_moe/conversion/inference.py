@@ -474,4 +474,5 @@ def _joined(first: SourceTensor, held: dict[int, SourceTensor], place: Place) ->
     parts = tuple(held[rank].name for rank in sorted(held))
     size = first.shape[place.dim] * len(parts)
     shape = tuple(size if axis == place.dim else length for axis, length in enumerate(first.shape))
-    return Group(parts, (Output(place.name, first.dtype, shape),), Concatenate(parts, place.name, place.dim))
+    step = Copy() if place.dim == 0 else Concatenate(parts, place.name, place.dim)
+    return Group(parts, (Output(place.name, first.dtype, shape),), step)

@@ -39,7 +39,7 @@ class Part:
     """Some rows (`dim` 0) or columns (`dim` 1) of a tensor of the source, as an input of a group.
 
     The step sees the part under the tensor's name, or under `alias`, by which several parts of one tensor are told
-    apart.
+    apart. With `flat`, rows are counted through all matrices of a stack.
     """
 
     name: str
@@ -47,11 +47,15 @@ class Part:
     end: int
     dim: int = 0
     alias: str | None = None
+    flat: bool = False
 
 
 @dataclass(frozen=True)
 class Copy:
-    """Step of groups of one input and one output whose bytes are the same: they are moved without making a tensor."""
+    """Step of groups of one output whose bytes are those of the inputs, one after the other: no tensor is made.
+
+    Or of some columns of one input.
+    """
 
     def __call__(self, tensors: Tensors) -> Tensors:
         raise AssertionError("bytes are copied by the engine")

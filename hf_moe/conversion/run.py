@@ -439,10 +439,9 @@ def _do(source: Source, piece: Piece, writer: ShardWriter, display: ProgressDisp
     """Reads, converts and writes a piece."""
     group, offsets = piece.group, piece.shard.offsets
     if isinstance(group.step, Copy) and not by_rows(group):
-        entry, output = source_part(source, group.inputs[0]), group.outputs[0]
         buffer = torch.empty(piece.end - piece.begin, dtype=torch.uint8)
-        entry.read_into(memory_of(buffer), piece.begin)
-        writer.write(offsets[output.name] + piece.begin, memory_of(buffer))
+        source_part(source, piece.source).read_into(memory_of(buffer), piece.begin - piece.start)
+        writer.write(offsets[group.outputs[0].name] + piece.begin, memory_of(buffer))
         display.advance(piece.end - piece.begin)
         return
     inputs = _read(source, piece)

@@ -10,11 +10,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig
 
 from ..models.weights_safetensors import CheckpointError
-from .plan import Copy, Group, Output, Part, Plan, Tensors
+from .plan import Copy, Group, Output, Part, Plan
 from .source import Source, SourceTensor
 from .structure import family_of, read_config_class
 
@@ -36,17 +35,6 @@ class Keys:
     layers: str
     experts: str
     top_k: str
-
-
-@dataclass(frozen=True)
-class Join:
-    """Step that puts runs of rows of one tensor behind one another."""
-
-    aliases: tuple[str, ...]
-    name: str
-
-    def __call__(self, tensors: Tensors) -> Tensors:
-        return {self.name: torch.cat([tensors[alias] for alias in self.aliases])}
 
 
 def plan_slice(
@@ -229,9 +217,9 @@ def _group(
         raise CheckpointError(f"Tensor {name} has {entry.shape[0]} experts, but config.json says {total}.")
     if len(rows) > entry.shape[0] or rows[-1] >= entry.shape[0]:
         raise CheckpointError(f"Tensor {name} has {entry.shape[0]} rows, but config.json says {total} experts.")
-    parts = tuple(Part(name, begin, end, alias=f"{name}[{begin}:{end}]") for begin, end in _runs(rows))
+    parts = tuple(Part(name, begin, end) for begin, end in _runs(rows))
     shape = (len(rows), *entry.shape[1:])
-    return Group(parts, (Output(target, entry.dtype, shape),), Join(tuple(part.alias for part in parts), target))
+    return Group(parts, (Output(target, entry.dtype, shape),), Copy())
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:

@@ -6,12 +6,13 @@ bytes whoever writes it.
 
 import hashlib
 import json
+import math
 import os
 import re
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..models.weights_safetensors import DTYPES, SINGLE_NAME, CheckpointError
@@ -45,7 +46,8 @@ def parse_size(size: int | str) -> int:
 class Piece:
     """What one worker does at a time: a whole group, a run of its strips, or some bytes of a copy.
 
-    `begin` and `end` count bytes for copies and strips otherwise; `memory` is that of inputs and outputs.
+    `begin` and `end` count bytes of the output for copies and strips otherwise; `memory` is that of inputs and outputs.
+    The bytes of a copy are those of one input, `source`, whose first one stands at byte `start` of the output.
     """
 
     shard: "Shard"
@@ -53,6 +55,8 @@ class Piece:
     begin: int
     end: int
     memory: int
+    source: str | Part | None = None
+    start: int = 0
 
 
 @dataclass(eq=False)
@@ -144,6 +148,8 @@ def source_part(source: Source, part: str | Part) -> SourceTensor:
     if isinstance(part, str):
         return source.entries[part]
     entry = source.entries[part.name]
+    if part.flat:
+        entry = replace(entry, shape=(math.prod(entry.shape[:-1]), entry.shape[-1]))
     return entry.rows(part.begin, part.end) if part.dim == 0 else entry
 
 
@@ -157,17 +163,25 @@ def pieces_of(source: Source, shard: Shard, group: Group) -> list[Piece]:
     read = sum(source_part(source, part).nbytes for part in group.inputs)
     written = sum(output.nbytes for output in group.outputs)
     if isinstance(group.step, Copy) and not by_rows(group):
-        chunk = PIECE_BYTES // 2
-        return [
-            Piece(shard, group, begin, min(begin + chunk, written), min(chunk, written - begin))
-            for begin in range(0, written, chunk)
-        ]
+        if read != written:
+            raise ValueError(f"{group.outputs[0].name} has {written} bytes, but what is copied there {read}")
+        return list(_copies(source, shard, group))
     count = strips_of(source, group)
     if count is None:
         return [Piece(shard, group, 0, 1, read + written)]
     run = max(1, int(PIECE_BYTES * count / max(read + written, 1)))
     memory = -(-(read + written) * run // max(count, 1))
     return [Piece(shard, group, begin, min(begin + run, count), memory) for begin in range(0, count, run)]
+
+
+def _copies(source: Source, shard: Shard, group: Group) -> Iterator[Piece]:
+    chunk, start = PIECE_BYTES // 2, 0
+    for part in group.inputs:
+        stop = start + source_part(source, part).nbytes
+        for begin in range(start, stop, chunk):
+            end = min(begin + chunk, stop)
+            yield Piece(shard, group, begin, end, end - begin, part, start)
+        start = stop
 
 
 def strips_of(source: Source, group: Group) -> int | None:

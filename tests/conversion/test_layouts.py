@@ -10,7 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from hf_moe.conversion import writer
+from hf_moe.conversion.fused import plan_fused, plan_upstream
 from hf_moe.conversion.inference import MODULES, to_inference_name, to_upstream_name
+from hf_moe.conversion.run import convert
+from hf_moe.conversion.slicing import plan_slice
+from hf_moe.conversion.source import open_source
+from hf_moe.conversion.writer import lay_out, pieces_of
 
 DEEPSEEK = ("v3_basic", "v3_qlora_none", "v2_group_limited", "v2_lite_greedy", "kimi_k2", "v3_mtp2")
 # What deepseek-ai/DeepSeek-V3's inference/convert.py does with a tensor, by the module's name: the new one, and the
@@ -219,6 +225,30 @@ def test_verify_compares_what_all_ranks_hold(tmp_path):
 # --- fused experts ----------------------------------------------------------------------------------------------------
 
 FUSED = ("v3_basic", "v2_group_limited", "kimi_k2", "step3_text", "step3_vl", "longcat_flash", "longcat_lite_ngram")
+
+
+@pytest.mark.parametrize("case", ["v3_basic", "step3_text"])
+def test_experts_are_moved_in_pieces(case, tmp_path, monkeypatch):
+    """A layer of DeepSeek-V3's fused experts has 15 GB, and 30 GB in bfloat16."""
+    monkeypatch.setattr(writer, "PIECE_BYTES", 512)
+    upstream = open_source(golden(case))
+    plans = {"fused": plan_fused, "upstream": plan_upstream, "slice": lambda source: plan_slice(source, experts=2)}
+    for name, plan_of in plans.items():
+        source = open_source(tmp_path / "fused") if name != "fused" else upstream
+        plan = plan_of(source)
+        pieces = [
+            p for shard in lay_out(plan, 10**9) for group in shard.groups for p in pieces_of(source, shard, group)
+        ]
+        assert max(piece.memory for piece in pieces) <= 256
+        convert(source, plan, tmp_path / name, progress=False)
+    assert_same_tensors(read_tensors(tmp_path / "upstream"), read_tensors(golden(case)))
+    whole, part = read_tensors(tmp_path / "fused"), read_tensors(tmp_path / "slice")
+    fused = [name for name in whole if name.endswith(("experts.gate_up_proj", ".experts.down_proj"))]
+    assert fused and all(torch.equal(bits(part[name]), bits(whole[name][:2])) for name in fused)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
 
 
 @pytest.mark.parametrize("case", FUSED)
