@@ -45,10 +45,10 @@ def run_verify(
     """
     if tolerance is not None and against is None:
         raise ValueError("`--tolerance` belongs to a comparison: give `--against`, too.")
-    report = verify_folder(folder, values=values, checksums=checksums)
+    report = verify_folder(folder, values=values, checksums=checksums, progress=not as_json)
     comparison = None
     if against is not None and report.ok:
-        comparison = compare_checkpoints(_open_plain(str(folder)), _open_plain(against))
+        comparison = compare_checkpoints(_open_plain(str(folder)), _open_plain(against), progress=not as_json)
     close = comparison is None or tolerance is None or comparison.worst <= tolerance
     if as_json:
         content = report.to_dict() | ({} if comparison is None else {"against": against, **_json(comparison)})

@@ -4,11 +4,11 @@ FP8 and INT4 weights are compared decoded, and fused experts with the upstream m
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .plain import Plain, plain_view
+from .progress import ProgressDisplay
 from .source import Source
 
 
@@ -63,8 +63,8 @@ class Comparison:
         }
 
 
-def compare_checkpoints(left: Source, right: Source, on_tensor: Callable[[str], None] | None = None) -> Comparison:
-    """Compares the tensors of two checkpoints piece by piece; `on_tensor` is told the name of each.
+def compare_checkpoints(left: Source, right: Source, progress: bool = False) -> Comparison:
+    """Compares the tensors of two checkpoints piece by piece; `progress` says on standard error how far it is.
 
     Raises:
         CheckpointError: for quantised tensors that cannot be decoded.
@@ -74,13 +74,16 @@ def compare_checkpoints(left: Source, right: Source, on_tensor: Callable[[str], 
         only_left=sorted(set(mine) - set(theirs)),
         only_right=sorted(set(theirs) - set(mine)),
     )
-    for name in sorted(set(mine) & set(theirs)):
-        if on_tensor is not None:
-            on_tensor(name)
-        if mine[name].shape != theirs[name].shape:
-            output.shapes[name] = (mine[name].shape, theirs[name].shape)
-        else:
+    output.shapes = {
+        name: (mine[name].shape, theirs[name].shape)
+        for name in sorted(set(mine) & set(theirs))
+        if mine[name].shape != theirs[name].shape
+    }
+    sizes = {name: 2 * math.prod(mine[name].shape) for name in sorted(set(mine) & set(theirs) - set(output.shapes))}
+    with ProgressDisplay(f"{left.name} and {right.name}, as bfloat16", sum(sizes.values()), progress) as display:
+        for name, size in sizes.items():
             output.tensors.append(_difference(mine[name], theirs[name]))
+            display.advance(size)
     output.tensors.sort(key=lambda tensor: (-tensor.relative, tensor.name))
     return output
 

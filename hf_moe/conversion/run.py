@@ -194,11 +194,14 @@ class _Job:
             )
         if finished and progress:
             print(f"checking {len(finished)} finished weight files", file=sys.stderr, flush=True)
+        sizes = {shard.filename: shard.size for shard in self.shards}
         pool = ThreadPoolExecutor(self.workers, "check")
         try:
-            for filename, good in zip(finished, pool.map(self._is_good, finished, finished.values())):
-                if good:
-                    self.finished[filename] = finished[filename]
+            with ProgressDisplay("finished files", sum(sizes.get(name, 0) for name in finished), progress) as display:
+                for filename, good in zip(finished, pool.map(self._is_good, finished, finished.values())):
+                    display.advance(sizes.get(filename, 0))
+                    if good:
+                        self.finished[filename] = finished[filename]
         except KeyboardInterrupt:
             self.stop.set()
             pool.shutdown(cancel_futures=True)

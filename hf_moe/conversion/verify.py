@@ -8,7 +8,7 @@ that memory stays small whatever the checkpoint's size.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ..models.weights_lazy import read_quantization_config
 from ..models.weights_safetensors import INDEX_NAME, SINGLE_NAME, CheckpointError
 from .families import quantization_of
 from .inference import by_tensor, inference_files, plan_from_inference, read_inference_source, to_upstream_name
+from .progress import ProgressDisplay
 from .source import MANIFEST_NAME, PICKLES, LocalStore, SourceTensor, read_header, read_json
 from .structure import Structure, fused_parameter, read_structure, wrapper_prefix
 
@@ -69,13 +70,16 @@ class Report:
         }
 
 
-def verify_folder(folder: str | os.PathLike, *, values: bool = True, checksums: bool = True) -> Report:
+def verify_folder(
+    folder: str | os.PathLike, *, values: bool = True, checksums: bool = True, progress: bool = False
+) -> Report:
     """Looks at a local checkpoint folder in the Hub's layout.
 
     Args:
         folder: with config.json and safetensors files.
         values: read every tensor, for values that are not finite and for scales that are not positive.
         checksums: compare the files with the manifest of the conversion that wrote them, where there is one.
+        progress: whether to say on standard error how far the reading is.
 
     Raises nothing for a bad checkpoint: the report's `problems` say what is wrong.
     """
@@ -91,9 +95,9 @@ def verify_folder(folder: str | os.PathLike, *, values: bool = True, checksums: 
         report.problems.append(str(error))
         return report
     if by_rank:
-        _verify_ranks(store, report, values)
+        _verify_ranks(store, report, values, progress)
         if checksums:
-            _check_manifest(folder, report)
+            _check_manifest(folder, report, progress)
         return report
     config = _read_config(store, report)
     entries = _read_files(store, report)
@@ -102,13 +106,13 @@ def verify_folder(folder: str | os.PathLike, *, values: bool = True, checksums: 
     if config is not None and entries:
         _check_structure(config, entries, report)
     if values:
-        report.add("values", [problem for entry in entries.values() for problem in bad_values(entry)])
+        _check_values(entries.values(), report, progress)
     if checksums:
-        _check_manifest(folder, report)
+        _check_manifest(folder, report, progress)
     return report
 
 
-def _verify_ranks(store: LocalStore, report: Report, values: bool) -> None:
+def _verify_ranks(store: LocalStore, report: Report, values: bool, progress: bool) -> None:
     """The inference layout: what its files make together is looked at as a checkpoint in upstream names."""
     try:
         source = read_inference_source(store)
@@ -125,7 +129,7 @@ def _verify_ranks(store: LocalStore, report: Report, values: bool) -> None:
     _check_structure(source.config, joined, report)
     if not values:
         return
-    report.add("values", [problem for entry in source.entries.values() for problem in bad_values(entry)])
+    _check_values(source.entries.values(), report, progress)
     for name, held in by_tensor(source).items():
         first = held[0] if 0 in held else None
         place = to_upstream_name(name)
@@ -244,7 +248,7 @@ def _check_index(store: LocalStore, weight_map: dict[str, str], entries, broken:
 DOCUMENTS = ("README", "LICENSE", "LICENCE")
 
 
-def _check_manifest(folder: Path, report: Report) -> None:
+def _check_manifest(folder: Path, report: Report, progress: bool) -> None:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         report.notes.append(f"no {MANIFEST_NAME}: no checksums to compare")
@@ -254,14 +258,19 @@ def _check_manifest(folder: Path, report: Report) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         report.problems.append(f"{path}: not a manifest of a conversion ({error!r}).")
         return
+    there = {}
     for name, expected in sorted(shards.items()):
         file = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute() or not file.is_file():
             report.problems.append(f"{file}: {MANIFEST_NAME} lists this file, but it is not there.")
-        elif name.startswith(DOCUMENTS):
-            continue
-        elif file_sha256(file) != expected:
-            report.problems.append(f"{file}: its SHA-256 is not the one in {MANIFEST_NAME}: it has changed since.")
+        elif not name.startswith(DOCUMENTS):
+            there[file] = expected
+    sizes = {file: file.stat().st_size for file in there}
+    with ProgressDisplay(f"{folder.name}: checksums", sum(sizes.values()), progress) as display:
+        for file, expected in there.items():
+            if file_sha256(file) != expected:
+                report.problems.append(f"{file}: its SHA-256 is not the one in {MANIFEST_NAME}: it has changed since.")
+            display.advance(sizes[file])
     report.notes.append(f"{len(shards)} checksums of {MANIFEST_NAME} compared")
 
 
@@ -452,6 +461,17 @@ def pieces(entry: SourceTensor, elements: int = PIECE) -> Iterator[torch.Tensor]
     flat = replace(entry, shape=(total,))
     for begin in range(0, total, elements):
         yield flat.read_rows(begin, min(total, begin + elements))
+
+
+def _check_values(entries: Collection[SourceTensor], report: Report, progress: bool) -> None:
+    problems: list[str] = []
+    with ProgressDisplay(
+        f"{Path(report.folder).name}: values", sum(entry.nbytes for entry in entries), progress
+    ) as bar:
+        for entry in entries:
+            problems += bad_values(entry)
+            bar.advance(entry.nbytes)
+    report.add("values", problems)
 
 
 def bad_values(entry: SourceTensor) -> Iterator[str]:

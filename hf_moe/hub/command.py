@@ -19,10 +19,10 @@ def run_push(folder: Path, repo: str, options: PushOptions, dry_run: bool) -> No
     for note in plan.notes:
         console.print(note)
     if dry_run:
-        verify_before_push(folder)
+        verify_before_push(folder, progress=True)
         print_plan(plan, options, console)
         return
-    done = push(folder, repo, options, report=console.print, plan=plan)
+    done = push(folder, repo, options, report=console.print, plan=plan, progress=True)
     for name in plan.left:
         console.print(f"left behind: {name}")
     console.print(f"{done.url}: {done.files} files, {bytes_text(done.size)}, commit {done.commit}")

@@ -223,11 +223,11 @@ class Pushed:
     size: int
 
 
-def verify_before_push(folder: Path) -> None:
+def verify_before_push(folder: Path, progress: bool = False) -> None:
     """Raises `PushError` with the first problems that `hf-moe verify` finds in a folder."""
     from ..conversion.verify import verify_folder
 
-    problems = verify_folder(folder).problems
+    problems = verify_folder(folder, progress=progress).problems
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         told = "; ".join(str(problem).rstrip(".") for problem in problems[:3])
@@ -240,8 +240,11 @@ def push(
     options: PushOptions = PushOptions(),
     report: Callable[[str], None] = lambda line: None,
     plan: Plan | None = None,
+    progress: bool = False,
 ) -> Pushed:
-    """Verifies a folder and uploads it as one commit. `report` is given lines of progress.
+    """Verifies a folder and uploads it as one commit.
+
+    `report` is given lines of what happens; `progress` shows on standard error how far the verification is.
 
     Raises:
         PushError: for a folder that `verify` rejects, and for every refusal or failure of the Hub.
@@ -251,7 +254,7 @@ def push(
     with clear_errors(repo):  # a wrong token should not show after an hour of reading weights
         exists = _look(api, repo, options, report)
     report(f"verifying {folder} ...")
-    verify_before_push(folder)
+    verify_before_push(folder, progress)
     with clear_errors(repo):
         if not exists:
             api.create_repo(repo, private=not options.public, exist_ok=True)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from tiny import tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from hf_moe.conversion import progress
 from hf_moe.conversion.compare import compare_checkpoints
 from hf_moe.conversion.source import open_source
 from hf_moe.conversion.verify import verify_folder
@@ -322,3 +323,18 @@ def test_brackets_in_paths_are_no_markup(place, tmp_path):
 def test_tolerance_needs_something_to_compare_with():
     result = run("verify", golden("v3_basic"), "--tolerance", 0.1)
     assert result.exit_code == 2 and "--against" in message(result)
+
+
+@pytest.mark.parametrize("options, titles", [
+    (("--against", golden("v3_basic")), {"values", "checksums", "as bfloat16"}),
+    (("--no-values",), {"checksums"}),
+    (("--json",), set()),
+])  # fmt: skip
+def test_progress_is_said_while_values_are_read(options, titles, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
+    assert run("convert", golden("v3_basic"), tmp_path / "out", "--to", "same").exit_code == 0
+    result = run("verify", tmp_path / "out", *options)
+    assert result.exit_code == 0, message(result)
+    said = {title for title in ("values", "checksums", "as bfloat16") if f"{title}: " in result.stderr}
+    assert said == titles
+    assert " of " in result.stderr if titles else not result.stderr
