@@ -2,8 +2,8 @@
 
     python examples/share_checkpoint.py SOURCE TARGET
 
-SOURCE may be FP8 or INT4: it is dequantised. TARGET has upstream names, so native Transformers, vLLM and SGLang read it
-too. The check runs in a process that cannot import hf_moe.
+A SOURCE in FP8 stays FP8, bit for bit; INT4 is dequantised. TARGET has upstream names, so native Transformers, vLLM and
+SGLang read it too. The check runs in a process that cannot import hf_moe.
 """
 
 import argparse

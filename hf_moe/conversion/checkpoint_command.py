@@ -11,11 +11,10 @@ from ..units import bytes_text
 from .adapter import open_adapter
 from .command import carry_out, default_workers
 from .compare import Comparison, compare_checkpoints
-from .inference import is_inference, open_checkpoint
+from .inference import open_hub_layout
 from .merge import plan_merge
 from .run import Summary
 from .slicing import plan_slice
-from .source import Source
 from .verify import Report, verify_folder
 
 _SHOWN = 15  # tensors and names of a comparison that are printed
@@ -48,7 +47,7 @@ def run_verify(
     report = verify_folder(folder, values=values, checksums=checksums, progress=not as_json)
     comparison = None
     if against is not None and report.ok:
-        comparison = compare_checkpoints(_open_plain(str(folder)), _open_plain(against), progress=not as_json)
+        comparison = compare_checkpoints(open_hub_layout(folder), open_hub_layout(against), progress=not as_json)
     close = comparison is None or tolerance is None or comparison.worst <= tolerance
     if as_json:
         content = report.to_dict() | ({} if comparison is None else {"against": against, **_json(comparison)})
@@ -61,13 +60,6 @@ def run_verify(
             problem = f"differ by more than {tolerance:g}" if math.isfinite(comparison.worst) else "do not match"
             _console(stderr=True).print(f"{folder} and {against} {problem}.")
     return report.ok and close
-
-
-def _open_plain(place: str) -> Source:
-    source = open_checkpoint(place)
-    if is_inference(source):
-        raise ValueError(f"{place}: is in the layout of DeepSeek's inference code. Convert it with `--to hub` first.")
-    return source
 
 
 def _json(comparison: Comparison) -> dict:
@@ -117,13 +109,6 @@ def _print_comparison(comparison: Comparison, against: str) -> None:
     console.print(f"{comparison.equal:,} of {total:,} tensors in both have equal values")
 
 
-def _open_hub_layout(source: str, revision: str | None) -> Source:
-    opened = open_checkpoint(source, revision=revision)
-    if is_inference(opened):
-        raise ValueError(f"{source}: is in the layout of DeepSeek's inference code. Convert it with `--to hub` first.")
-    return opened
-
-
 def run_slice(
     source: str,
     target: Path,
@@ -144,7 +129,7 @@ def run_slice(
     """
     if first_layers is None and not last_layers and experts is None:
         raise ValueError("Nothing to leave out: give --first-layers, --last-layers or --experts.")
-    opened = _open_hub_layout(source, revision)
+    opened = open_hub_layout(source, revision=revision)
     plan = plan_slice(opened, first_layers, last_layers, experts)
     return carry_out(opened, plan, target, workers or default_workers(opened), max_shard_size, dry_run, progress)
 
@@ -164,6 +149,6 @@ def run_merge(
     Raises:
         CheckpointError: for a bad base or adapter, and for one that does not fit the other.
     """
-    opened = _open_hub_layout(base, revision)
+    opened = open_hub_layout(base, revision=revision)
     plan = plan_merge(opened, open_adapter(adapter))
     return carry_out(opened, plan, target, workers or default_workers(opened), max_shard_size, dry_run, progress)

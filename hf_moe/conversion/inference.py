@@ -410,6 +410,20 @@ def open_checkpoint(path_or_hub_id: str | os.PathLike, *, revision: str | None =
     return read_inference_source(store) if inference_files(store) else read_source(store)
 
 
+def open_hub_layout(path_or_hub_id: str | os.PathLike, *, revision: str | None = None) -> Source:
+    """As `open_source`, for what does not read the inference layout.
+
+    Raises:
+        CheckpointError: for that layout, which says what to do, and for whatever is wrong with the source.
+    """
+    opened = open_checkpoint(path_or_hub_id, revision=revision)
+    if is_inference(opened):
+        raise CheckpointError(
+            f"{path_or_hub_id}: is in the layout of DeepSeek's inference code. Convert it with `--to hub` first."
+        )
+    return opened
+
+
 def is_inference(source: Source) -> bool:
     """Whether the source is in the inference layout."""
     return all(_FILE.fullmatch(name) for name in source.files)

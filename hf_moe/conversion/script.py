@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..models.weights_safetensors import CheckpointError
-from .command import carry_out
+from .command import carry_out, default_workers
 from .families import model_name
+from .inference import open_hub_layout
 from .plan import Plan
-from .source import Source, open_source
+from .source import Source
 
 
 def run_script(description: str, plan: Callable[[Source], Plan], models: tuple[str, ...]) -> None:
@@ -24,16 +25,17 @@ def run_script(description: str, plan: Callable[[Source], Plan], models: tuple[s
     parser.add_argument("source", help="folder of a checkpoint, or Hub id")
     parser.add_argument("target", type=Path, help="folder to write")
     parser.add_argument("--max-shard-size", default="5GB", help="of a weight file (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="threads (default: %(default)s)")
+    parser.add_argument("--workers", type=int, help="threads (default: 2, for the Hub 8)")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be written")
     args = parser.parse_args()
     try:
-        source = open_source(args.source, revision=args.revision)
+        source = open_hub_layout(args.source, revision=args.revision)
         name = model_name(source.config)
         if name not in models:
             raise CheckpointError(f"{source.path('config.json')}: is of {name}, but this script is for {models[0]}.")
-        carry_out(source, plan(source), args.target, args.workers, args.max_shard_size, args.dry_run)
+        workers = default_workers(source) if args.workers is None else args.workers
+        carry_out(source, plan(source), args.target, workers, args.max_shard_size, args.dry_run)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt as interrupt:

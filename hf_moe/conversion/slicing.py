@@ -153,9 +153,11 @@ def _parse_ids(text: str, total: int) -> list[int]:
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
         if match is None:
             raise CheckpointError(f"--experts {text!r}: give a number of experts, or ids such as 0,3,8-11.")
-        first = int(match[1])
-        ids.update(range(first, int(match[2] or first) + 1))
-    if not ids or max(ids) >= total:
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise CheckpointError(f"--experts {text}: {part.strip()} ends before it begins.")
+        ids.update(range(first, last + 1))
+    if max(ids) >= total:
         raise CheckpointError(f"--experts {text}: the model has experts 0 to {total - 1}.")
     return sorted(ids)
 

@@ -58,6 +58,14 @@ def test_a_script_refuses_what_it_is_not_for(arguments, tmp_path, capsys):
     assert any(text in printed for text in ("this script is for", "this format already", "no such folder"))
 
 
+def test_a_script_says_what_to_do_with_files_of_the_inference_code(tmp_path, capsys):
+    arguments = ["convert", str(GOLDENS / "v3_basic"), str(tmp_path / "mp"), "--to", "inference", "--world-size", "2"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    with pytest.raises(SystemExit):
+        run_script("deepseek_bf16_to_fp8", tmp_path / "mp", tmp_path / "out")
+    assert "layout of DeepSeek's inference code. Convert it with `--to hub` first." in capsys.readouterr().err
+
+
 def test_the_command(tmp_path):
     runner = CliRunner()
     arguments = ["convert", str(GOLDENS / "v3_fp8"), str(tmp_path / "out"), "--to", "bf16"]

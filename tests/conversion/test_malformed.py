@@ -349,6 +349,7 @@ OPTIONS = {
     "slice_no_layer": (["slice", "--first-layers", 0], ["3 layers"]),
     "slice_too_many": (["slice", "--first-layers", 3, "--last-layers", 1], ["3 layers"]),
     "slice_no_such_expert": (["slice", "--experts", "1,99"], ["99", "0 to 7"]),
+    "slice_range_backwards": (["slice", "--experts", "1,7-3"], ["7-3", "ends before it begins"]),
     "slice_no_number": (["slice", "--experts", "a-b"], ["a-b"]),
     "slice_no_experts": (["slice", "--experts", "0"], ["8 experts"]),
     "slice_uneven_groups": (["slice", "--experts", "0,1,2"], ["n_group"]),
