@@ -330,6 +330,7 @@ class _Job:
             digest = writer.hash(self.stop)
             if digest is None:
                 return
+            os.fsync(writer.stream.fileno())  # what counts as finished outlives a loss of power
             writer.stream.close()
             report = _merge([writer.report[key] for key in sorted(writer.report)])
             record = {"size": shard.size, "sha256": digest, **({"report": report} if report else {})}
@@ -387,6 +388,8 @@ class _Job:
                 self.source.store.read_into(name, begin, memoryview(block), "the file")
                 digest.update(block)
                 stream.write(block)
+            stream.flush()
+            os.fsync(stream.fileno())
         return {"size": size, "sha256": digest.hexdigest()}
 
     def _manifest(self, files: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -108,6 +108,20 @@ def test_what_is_written_around_the_weights(source, whole):
     assert not list(whole.parent.glob("*.partial"))
 
 
+def test_all_bytes_are_on_the_disk_before_the_target_appears(source, tmp_path, monkeypatch):
+    flushed, fsync = {}, os.fsync
+
+    def note(descriptor):
+        assert not (tmp_path / "out").exists()
+        fsync(descriptor)
+        flushed[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    monkeypatch.setattr(os, "fsync", note)
+    run(source, tmp_path / "out")
+    written = [path.stat() for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert all(flushed[status.st_ino] == status.st_size for status in written)
+
+
 def test_a_second_conversion_remembers_the_first(whole, tmp_path):
     opened = open_source(whole)
     summary = convert(opened, plan_fp8(opened), tmp_path / "fp8", progress=False)
