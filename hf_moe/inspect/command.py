@@ -86,6 +86,7 @@ def run_route(
     Raises:
         ValueError, FileNotFoundError: for what is no model, no text or no such layer.
     """
+    from .charts import new_figure
     from .route_charts import save_route_charts
     from .routing import route_text, statistics
 
@@ -96,7 +97,8 @@ def run_route(
             return None
     if model is None or text is None:
         raise ValueError("Name a model and a text: hf-moe route MODEL --text FILE.")
-    routing = route_text(model, text, max_tokens, window)
+    new_figure(1, 1)  # what is missing is said before the run
+    routing = route_text(model, text, max_tokens, window, groups, layer)
     result = statistics(routing, groups)
     paths = save_route_charts(routing, groups, out, layer)
     write_json(result, out / "routing.json")

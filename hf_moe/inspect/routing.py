@@ -188,9 +188,13 @@ def _max_over_mean(load: torch.Tensor) -> float:
 
 
 def _group_size(layer: LayerRouting, groups: int) -> int:
-    if groups < 1 or layer.num_experts % groups:
-        raise ValueError(f"`groups={groups}` does not divide the {layer.num_experts} experts of layer {layer.layer}.")
+    _check_groups(groups, layer.num_experts, layer.layer)
     return layer.num_experts // groups
+
+
+def _check_groups(groups: int, num_experts: int, layer: int) -> None:
+    if groups < 1 or num_experts % groups:
+        raise ValueError(f"`groups={groups}` does not divide the {num_experts} experts of layer {layer}.")
 
 
 def group_load(layer: LayerRouting, groups: int) -> torch.Tensor:
@@ -240,9 +244,21 @@ def read_text(path: Path) -> str:
     return text
 
 
-def route_text(model: str, text: Path, max_tokens: int, window: int) -> Routing:
-    """What `hf-moe route` runs."""
+def check_request(model: PreTrainedModel, groups: int, layer: int | None) -> None:
+    """Raises `ValueError` for groups that do not divide the experts, and for a layer without any, before a long run."""
+    routers = {_layer(name): count for name, (_, count) in find_routers(model).items()}
+    for number, count in routers.items():
+        _check_groups(groups, count, number)
+    if layer is not None and layer not in routers:
+        raise ValueError(f"Layer {layer} has no experts; layers with experts are {', '.join(map(str, routers))}.")
+
+
+def route_text(
+    model: str, text: Path, max_tokens: int, window: int, groups: int = 1, layer: int | None = None
+) -> Routing:
+    """What `hf-moe route` runs; `groups` and `layer` are what shall be drawn of it."""
     content = read_text(text)
     loaded, tokenizer = load_model(model)
+    check_request(loaded, groups, layer)
     ids = tokenizer(content).input_ids[:max_tokens]
     return record_routing(loaded, ids, window, name=model)

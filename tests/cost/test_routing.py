@@ -161,6 +161,7 @@ def test_explain():
 )
 def test_clear_errors(options, words, text, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("hf_moe.inspect.routing.record_routing", None)  # said before the run, which may be long
     options = [str(text) if option == "TEXT" else option for option in options]
     result = run(*options, "--out", tmp_path / "out")
     assert result.exit_code == 2 and "Traceback" not in result.output
