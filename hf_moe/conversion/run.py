@@ -139,6 +139,7 @@ def _summary(source, plan, target, shards, pieces, workers) -> Summary:
     files = [*([] if plan.config is None else ["config.json"]), *plan.files, *carried]
     if plan.shard_of is None and len(shards) > 1:
         files.append(INDEX_NAME)
+    left = source.left_behind()
     return Summary(
         title=plan.title,
         target=target,
@@ -148,7 +149,7 @@ def _summary(source, plan, target, shards, pieces, workers) -> Summary:
         bytes_written=sum(shard.size for shard in shards),
         memory=_budget(largest, workers),
         files=sorted(set(files) | {MANIFEST_NAME}),
-        notes=list(plan.notes),
+        notes=[*plan.notes, *([f"left behind, as no part of the checkpoint: {', '.join(left)}"] if left else [])],
     )
 
 

@@ -191,6 +191,10 @@ class Source:
         """A small file, such as `tokenizer.json`."""
         return self.store.read_file(filename)
 
+    def left_behind(self) -> list[str]:
+        """Weight files that do not belong to the checkpoint: other formats, adapters, what no index names."""
+        return [name for name in self.store.files() if name.endswith(WEIGHTS) and name not in self.files]
+
     def path(self, filename: str) -> str:
         """The file's name for messages."""
         return self.store.path(filename)
@@ -334,8 +338,11 @@ def _weight_files(store: Store, present: Mapping[str, int]) -> tuple[list[str], 
     if SINGLE_NAME in present:
         return [SINGLE_NAME], None
     loose = [name for name in present if name.endswith(".safetensors") and "/" not in name]
-    if loose:
-        return sorted(loose), None
+    adapters = [name for name in loose if name.startswith("adapter_")]
+    if len(loose) > len(adapters):
+        return sorted(set(loose) - set(adapters)), None
+    if adapters:
+        raise CheckpointError(f"{store.path(adapters[0])}: is an adapter. `hf-moe merge` puts it into its base model.")
     for filename in present:
         _refuse_pickle(store, filename)
     raise CheckpointError(

@@ -122,6 +122,16 @@ def test_all_bytes_are_on_the_disk_before_the_target_appears(source, tmp_path, m
     assert all(flushed[status.st_ino] == status.st_size for status in written)
 
 
+def test_weight_files_that_are_no_part_of_the_checkpoint_are_named(source, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "model")
+    for name in ("adapter_model.safetensors", "mtp.safetensors", "pytorch_model.bin"):
+        (folder / name).write_bytes(b"x")
+    opened = open_source(folder)
+    (note,) = convert(opened, plan_bf16(opened), tmp_path / "out", dry_run=True).notes
+    assert note.endswith(": adapter_model.safetensors, mtp.safetensors, pytorch_model.bin")
+    assert not convert(open_source(source), plan_bf16(opened), tmp_path / "out", dry_run=True).notes
+
+
 def test_a_second_conversion_remembers_the_first(whole, tmp_path):
     opened = open_source(whole)
     summary = convert(opened, plan_fp8(opened), tmp_path / "fp8", progress=False)

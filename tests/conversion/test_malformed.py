@@ -163,6 +163,8 @@ SOURCES = [
     ("index_names_pickle", index(lambda c: c["weight_map"].update({Q_A: "pytorch_model.bin"})), "bf16",
      ["pytorch_model.bin", "pickle"]),
     ("index_beside_single_file", with_single_file, "bf16", ["model.safetensors: stands beside", "move the other"]),
+    ("adapter", lambda f: (fp8(f), weights(f).rename(f / "adapter_model.safetensors")), "bf16",
+     ["is an adapter", "hf-moe merge"]),
     ("index_empty", index(lambda c: c.update(weight_map={})), "bf16", ["index.json", "names no tensor"]),
     ("index_is_no_json", lambda f: (fp8(f, shards=2), (f / "model.safetensors.index.json").write_text("no")), "bf16",
      ["index.json", "JSON"]),
