@@ -8,6 +8,7 @@ import ctypes
 import json
 import mmap
 import os
+import platform
 import re
 import struct
 from dataclasses import dataclass, replace
@@ -19,6 +20,9 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _PIECE_BYTES = 1 << 24  # of rows that are read at a time where only some columns are kept
+# Python names it from 3.13 on. Elsewhere its number is another one, or nothing is set aside anyway.
+_LINUX_NORESERVE = 0x4000 if platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64") else 0
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", _LINUX_NORESERVE)
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -114,7 +118,7 @@ class TensorEntry:
     def map(self) -> torch.Tensor:
         """The tensor as a view of the file: read where and when it is used, never written back."""
         with open(self.file.path, "rb") as stream:
-            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            mapped = _map_privately(stream.fileno())
         count = (self.end - self.begin) // self.dtype.itemsize
         offset = self.file.data_offset + self.begin
         return torch.frombuffer(mapped, dtype=self.dtype, count=count, offset=offset).view(self.shape)
@@ -183,6 +187,16 @@ class SafetensorsFile:
         if end - begin != count * dtype.itemsize:
             raise CheckpointError(f"{self.path}: tensor {name} has {end - begin} bytes, not what its shape needs.")
         return TensorEntry(self, name, dtype, tuple(shape), begin, end)
+
+
+def _map_privately(descriptor: int) -> mmap.mmap:
+    """A file as writable memory whose changes stay here.
+
+    No memory is set aside for those changes: the kernel refuses to do so for a file that is larger than the memory.
+    """
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+    return mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE | _NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def slice_ranges(index, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...] | None:
