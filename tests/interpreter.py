@@ -3,15 +3,18 @@
 For a launch it puts its own functions in the place of those of `triton.language`, and again for every helper that a
 kernel calls: some six hundred members looked at, thousands of times. Here that happens once in a launch for each set of
 modules that functions know. It also computes whether sums of integers overflow, and does not look at the result but in
-its debug mode. Both are private to Triton: `test_interpreter.py` fails where they are not as they are known here.
+its debug mode. Both are private to Triton: where they are not as they are known here, nothing is changed, and
+`test_interpreter.py` fails.
 """
+
+from __future__ import annotations
 
 from dataclasses import replace
 
 from triton import language
 from triton.runtime import interpreter
 
-replace_functions = interpreter._patch_lang
+replace_functions = getattr(interpreter, "_patch_lang", None)
 _replaced: set[frozenset[int]] = set()  # modules, by identity, whose functions are replaced in this launch
 
 
@@ -36,7 +39,8 @@ def replace_once(function) -> Scope:
 
 
 def make_faster() -> None:
-    interpreter._patch_lang = replace_once
+    if replace_functions is not None and hasattr(interpreter, "_LangPatchScope"):
+        interpreter._patch_lang = replace_once
     builder = interpreter.interpreter_builder
-    if not builder.options.debug:
+    if hasattr(builder.options, "sanitize_overflow") and not builder.options.debug:
         builder.options = replace(builder.options, sanitize_overflow=False)

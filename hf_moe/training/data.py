@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from .arguments import FinetuneArguments
@@ -118,6 +118,9 @@ class Encoder:
     def __call__(self, samples: Iterable[Sample]) -> Iterator[tuple[list[int], list[int]]]:
         encode = {TEXT: self._text, COMPLETION: self._completion, CHAT: self._chat}
         for sample in samples:
+            if sample.kind == TEXT and not sample.values["text"].strip():  # corpora cut into lines have many
+                self.dropped["left out as blank"] += 1
+                continue
             ids, learn = encode[sample.kind](sample)
             for part_ids, part_learn in self._fit(ids, learn, sample):
                 labels = [token if flag else IGNORE_INDEX for token, flag in zip(part_ids, part_learn)]
@@ -211,27 +214,29 @@ def load_rows(
     from datasets import Dataset as Samples
 
     writes = accelerator is None or accelerator.is_local_main_process
-    folder = Path(_from_main(_make_folder() if accelerator is None or accelerator.is_main_process else "", accelerator))
+    # Each machine has its own folder, also where they share the file system that it lies on.
+    first = 0 if accelerator is None else accelerator.process_index - accelerator.local_process_index
+    folder = Path(_from_all(_make_folder() if writes else "", accelerator)[first])
     dropped, error = Counter(), None
     if writes:
-        folder.mkdir(parents=True, exist_ok=True)
         keeper = _Folder(folder)
         try:
             dropped = _write_all(tokenizer, args, folder)
         except DataError as found:
             error = found
-    message = _from_main(str(error or ""), accelerator)
+    outcomes = _from_all((str(error or ""), dict(dropped)), accelerator)
     if error is not None:
         raise error
-    if message:
-        raise DataError(message)
+    for message, _ in outcomes:
+        if message:
+            raise DataError(message)
     files = {name: Samples.from_file(str(folder / name)) for name in ("train", "held_out") if (folder / name).exists()}
     train, held_out = files["train"], files.get("held_out")
     train_part, held_out_part = _validation_split(args, len(train))
     if held_out_part is not None:
         held_out = train
     rows = TokenRows.from_dataset(train, args.max_length, args.packing, train_part)
-    rows.dropped = Counter(_from_main(dict(dropped), accelerator))
+    rows.dropped = Counter(outcomes[first][1])
     others = None
     if held_out is not None:
         others = TokenRows.from_dataset(held_out, args.max_length, args.packing, held_out_part)
@@ -265,12 +270,9 @@ def _make_folder() -> str:
     return tempfile.mkdtemp(prefix="tokens-", dir=parent)
 
 
-def _from_main(value: Any, accelerator: Accelerator | None) -> Any:
-    """What the main process has, on every process, which waits for it."""
-    if accelerator is None or accelerator.num_processes == 1:
-        return value
-    accelerator.wait_for_everyone()
-    return broadcast_object_list([value])[0]
+def _from_all(value: Any, accelerator: Accelerator | None) -> list[Any]:
+    """What every process has, in the order of their ranks; they wait for each other."""
+    return [value] if accelerator is None or accelerator.num_processes == 1 else gather_object([value])
 
 
 def _write_all(tokenizer, args: FinetuneArguments, folder: Path) -> Counter:

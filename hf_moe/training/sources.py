@@ -300,7 +300,7 @@ def check_row(row: Any, where: str, text_field: str = "text") -> Sample:
         return Sample(COMPLETION, {"prompt": row["prompt"], "completion": row["completion"]}, where)
     if text_field in row:
         text = row[text_field]
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str):
             raise DataError(f"{where}: {text_field!r} must be text, got {text!r:.60}")
         return Sample(TEXT, {"text": text}, where)
     keys = ", ".join(sorted(map(str, row))) or "no keys"

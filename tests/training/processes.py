@@ -23,11 +23,12 @@ def place_of(rank: int, world: int, port: str) -> dict[str, str]:
     return {**own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
-def run_ranks(script: str, folder: Path) -> list[dict]:
+def run_ranks(script: str, folder: Path, machines: int = 1) -> list[dict]:
     """Runs a script in two processes over gloo, with `folder` as its argument; what they left in `rank<n>.pt` there."""
     port, processes = free_port(), []
     for rank in range(2):
         own = {**place_of(rank, 2, port), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        own["LOCAL_RANK"] = str(rank % (2 // machines))
         paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, **own, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         command = [sys.executable, "-W", "ignore", str(HERE / script), str(folder)]

@@ -15,6 +15,7 @@ from hf_moe.demo import DEMO_MODEL
 from hf_moe.training import FinetuneArguments
 from hf_moe.training.chat import encode_chat
 from hf_moe.training.data import IGNORE_INDEX, Collator, Encoder, RowOrder, TokenRows, load_rows, pack
+from hf_moe.training.run import describe
 from hf_moe.training.sources import DataError, read_samples
 
 CHAT = [
@@ -326,13 +327,23 @@ def test_conversations_tools_and_chat_completions(tmp_path):
 
 # --- bad data ---------------------------------------------------------------------------------------------------------
 
+
+def test_blank_rows_of_a_corpus_are_left_out_and_counted(tmp_path, tokenizer):
+    rows = [{"text": text} for text in ("", " = A heading = ", " ", "Some words.", "\n")]
+    data, _ = load_rows(tokenizer, options(write(tmp_path / "a.jsonl", rows)))
+    assert len(data) == 2 and data.dropped == {"left out as blank": 3}
+    assert describe("train", data).endswith("3 left out as blank")
+    path = write(tmp_path / "b.jsonl", [{"text": " "}])
+    with pytest.raises(DataError, match=r"b.jsonl: no sample is left to learn from \(1 left out as blank\)"):
+        load_rows(tokenizer, options(path))
+
+
 GOOD = json.dumps({"text": "fine"}).encode()
 BAD_LINES = {
     "broken JSON": (b'{"text": "a"', "line 2: no JSON: Expecting ',' delimiter"),
     "not UTF-8": (b'{"text": "caf\xe9"}', r"line 2: not UTF-8 \(byte 0xe9\)"),
     "wrong keys": (b'{"txt": "a", "n": 1}', "line 2: found n, txt; expected 'text'"),
     "no object": (b"[1, 2]", "line 2: expected an object with keys, got list"),
-    "empty text": (b'{"text": " "}', "line 2: 'text' must be text"),
     "no text": (b'{"text": 5}', "line 2: 'text' must be text, got 5"),
     "another kind": (b'{"prompt": "a", "completion": "b"}', "line 2: a completion sample, but .* line 1 is a text"),
     "no completion": (b'{"prompt": "a", "completion": ""}', "line 2: 'completion' is empty"),

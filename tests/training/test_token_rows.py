@@ -113,3 +113,12 @@ def test_one_process_reads_the_data_for_all(tmp_path, monkeypatch):
         for row, other in zip(first[part], second[part]):
             assert all(torch.equal(a, b) for one, two in zip(row, other) for a, b in zip(one, two))
     assert not list((tmp_path / "cache" / "hf_moe").iterdir())
+
+
+def test_machines_that_share_a_disk_read_and_keep_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    first, second = run_ranks("data_ranks.py", tmp_path, machines=2)
+    assert first["read"] == second["read"] == [str(tmp_path / "good.jsonl"), str(tmp_path / "bad.jsonl")]
+    assert first["error"] == second["error"] and first["fingerprint"] == second["fingerprint"]
+    assert first["files"] != second["files"]
+    assert not list((tmp_path / "cache" / "hf_moe").iterdir())
