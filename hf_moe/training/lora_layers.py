@@ -227,7 +227,8 @@ class ParamWrapper(_Merging, PeftParamWrapper):  # PEFT asks for this name when 
         """B A of all experts, (E, O, I): of the size of the weight. Nothing here calls it."""
         _, weight, scale = self._weight()
         dtype = weight.dtype if scale is None else torch.float32
-        return torch.stack([super()._delta(adapter_name, index, dtype) for index in range(self.num_experts)])
+        delta = super()._delta
+        return torch.stack([delta(adapter_name, index, dtype) for index in range(self.num_experts)])
 
     def _delta(self, adapter: str, index: int, dtype: torch.dtype) -> torch.Tensor:
         delta, base = super()._delta(adapter, index, dtype), self.get_base_layer()
