@@ -156,28 +156,15 @@ def lora(capability: int) -> None:
 
 
 def activations(capability: int) -> None:
-    """Epilogues that compute more than SiLU, where the products leave them the fewest registers.
-
-    The exact GELU and the clamped SiLU take the most, so they are compiled with every tile, the others with the widest.
-    Products in float32 have small tiles, whose registers no epilogue moves.
-    """
-    wide, every = ((torch.bfloat16, 128),), ((torch.bfloat16, 64), (torch.bfloat16, 128), (FP8, 128))
-    tiles = {
-        ("gelu", 0.0): (*every, (torch.float32, 64)),
-        ("gelu_tanh", 0.0): (*wide, (torch.bfloat16, 64)),
-        ("relu2", 0.0): wide,
-        ("silu", 7.0): every,
-    }
-    for (activation, limit), chosen in tiles.items():
+    """Epilogues that compute more than SiLU, where the products leave them the fewest registers."""
+    for activation, limit in (("gelu", 0.0), ("gelu_tanh", 0.0), ("relu2", 0.0), ("silu", 7.0)):
         options = {"activation": activation, "limit": limit}
-        for dtype, block_m in chosen:
+        for dtype, block_m in ((torch.bfloat16, 64), (torch.bfloat16, 128), (FP8, 128), (torch.float32, 64)):
             training_gate(torch.bfloat16 if dtype == FP8 else dtype, block_m, weights_of(dtype), options)
-    if capability == 90:  # the tile of two blocks
-        gate_up, scale, *_ = weights_of(FP8)
-        x, x_scale = empty(TOKENS[128], HIDDEN, dtype=FP8), empty(TOKENS[128], HIDDEN // 128, dtype=torch.float32)
-        inputs = (x, gate_up, scale, layout_of(128), TOP_K)
-        for activation, limit in (("gelu", 0.0), ("silu", 7.0)):
-            options = {"activation": activation, "limit": limit}
+        if capability == 90:  # the tile of two blocks
+            gate_up, scale, *_ = weights_of(FP8)
+            x, x_scale = empty(TOKENS[128], HIDDEN, dtype=FP8), empty(TOKENS[128], HIDDEN // 128, dtype=torch.float32)
+            inputs = (x, gate_up, scale, layout_of(128), TOP_K)
             kernel_experts.gate_up(*inputs, x_scale=x_scale, out_dtype=torch.float32, **options)
 
 
