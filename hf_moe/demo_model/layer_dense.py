@@ -66,9 +66,3 @@ class GatedMLP(nn.Module):
             return math.inf
         elements = _INNER_ELEMENTS_CPU if device.type == "cpu" else _INNER_ELEMENTS
         return max(_MIN_TOKENS, elements // self.intermediate_size)
-
-
-def unless_narrowed(tensor: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
-    """A tensor as it was `moved`, but with its own dtype where that was float32 and a cast would round it."""
-    narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4 and tensor.dtype.itemsize >= 4
-    return tensor.to(moved.device) if narrowed else moved

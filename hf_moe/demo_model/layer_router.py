@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layer_dense import unless_narrowed
-from .op_linear import linear, without_autocast
+from .op_linear import linear, unless_narrowed, without_autocast
 from .op_routing import route, weigh_experts
 
 # Choices of more tokens than these are kept in fewer bytes.

@@ -58,6 +58,12 @@ def without_autocast(device_type: str):
     return torch.autocast(device_type, enabled=False)
 
 
+def unless_narrowed(tensor: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+    """A tensor as it was `moved`, but with its own dtype where that was float32 and a cast would round it."""
+    narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4 and tensor.dtype.itemsize >= 4
+    return tensor.to(moved.device) if narrowed else moved
+
+
 def linear_each(rows: torch.Tensor, sizes: list[int], stack: torch.Tensor, indices: list[int]) -> torch.Tensor:
     """Some matrices of a stack, each with rows of its own, as `linear` of each; without gradients.
 

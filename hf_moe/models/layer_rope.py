@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
-from .layer_dense import unless_narrowed
+from .op_linear import unless_narrowed
 
 
 class RotaryEmbedding(nn.Module):
