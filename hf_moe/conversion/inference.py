@@ -27,7 +27,7 @@ from .source import Source, SourceTensor, Store, carried_files, open_store, read
 from .structure import family_of, fused_parameter, read_config_class
 
 CONFIG_NAME = "inference_config.json"
-_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
+RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
 _FAMILIES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
 
 # Upstream module to the module of the inference code, and the dimension along which ranks split its weight.
@@ -290,7 +290,7 @@ def inference_files(store: Store) -> list[str]:
     Raises:
         CheckpointError: for files of some of the ranks only, or of two numbers of ranks.
     """
-    found = {name: match for name in store.files() if (match := _FILE.fullmatch(name))}
+    found = {name: match for name in store.files() if (match := RANK_FILE.fullmatch(name))}
     if not found:
         return []
     counts = sorted({int(match[2]) for match in found.values()})
@@ -426,7 +426,7 @@ def open_hub_layout(path_or_hub_id: str | os.PathLike, *, revision: str | None =
 
 def is_inference(source: Source) -> bool:
     """Whether the source is in the inference layout."""
-    return all(_FILE.fullmatch(name) for name in source.files)
+    return all(RANK_FILE.fullmatch(name) for name in source.files)
 
 
 def plan_hub(source: Source) -> Plan:

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 from yaml import YAMLError
 
+from ..conversion.inference import RANK_FILE
 from ..inspect import cost
 from ..inspect.architecture import READERS, read_architecture
 from ..inspect.count import count_parameters
@@ -40,7 +41,6 @@ _MARK = "<!-- Written by hf-moe {version}; once edited, this card is yours and s
 _MARK_LINE = re.compile(r"<!-- Written by hf-moe [^;]*; .* sha256:([0-9a-f]{64}) -->\n\Z")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _MTP_LAYER = re.compile(r"\.mtp\.layers\.(\d+)\.")
-_INFERENCE_FILE = re.compile(r"model\d+-mp\d+\.safetensors")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -97,7 +97,7 @@ class Checkpoint:
     @property
     def ranks(self) -> int:
         """Files of DeepSeek's inference code, one a rank, which Transformers does not load; 0 in the Hub's layout."""
-        return sum(bool(_INFERENCE_FILE.fullmatch(name)) for name in self.files)
+        return sum(bool(RANK_FILE.fullmatch(name)) for name in self.files)
 
 
 def read_checkpoint(folder: Path, address: str | None = None, code: bool = True) -> Checkpoint:
