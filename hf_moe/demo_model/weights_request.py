@@ -32,6 +32,20 @@ def read_config(cls, path, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, di
     return config, {**hub_arguments, **left, **own}
 
 
+def give_text_options(config: PreTrainedConfig, kwargs: dict[str, Any]) -> PreTrainedConfig:
+    """`config` with those of `kwargs`, which are taken out, that its text part alone has a field for, such as
+    `num_hidden_layers`. Of a model of text alone, it is as it was."""
+    text = config.get_text_config()
+    if text is config:
+        return config
+    fields = text.to_dict()
+    given = {name: kwargs.pop(name) for name in (fields.keys() & kwargs.keys()) - {*_NOT_CONFIG}}
+    if given:
+        config = copy.deepcopy(config)
+        config.text_config = type(text).from_dict(fields, **given)
+    return config
+
+
 def split_quantization(
     config: PreTrainedConfig, requested: Any, dequantize: bool = False
 ) -> tuple[PreTrainedConfig, Any]:

@@ -23,7 +23,7 @@ from .weights_checkpoint import extend_device_map, name_stem, read_checkpoint
 from .weights_experts import defer_experts, inherit_converters, upstream_parts
 from .weights_fp8 import BlockFp8Config, BlockFp8Quantizer
 from .weights_lazy import LazyTensor
-from .weights_request import LOAD_OPTIONS, read_config, refuse_for_fp8, split_quantization
+from .weights_request import LOAD_OPTIONS, give_text_options, read_config, refuse_for_fp8, split_quantization
 from .weights_safetensors import check_folder, raise_caught
 from .weights_saving import drop_fp8_config, replaced_when_complete, with_duplicates
 from .weights_shards import gather_state_dict
@@ -234,7 +234,7 @@ class MoePreTrainedModel(Fp8ModelMixin, PreTrainedModel):
             if not isinstance(config, PreTrainedConfig) and not os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
                 config, kwargs = read_config(cls, path if config is None else config, kwargs)
         if isinstance(config, PreTrainedConfig):
-            config = cls.own_config(config)
+            config = cls.own_config(give_text_options(config, kwargs))
             config, quantization_config = split_quantization(
                 config, kwargs.pop("quantization_config", None), kwargs.pop("dequantize", False)
             )

@@ -102,13 +102,7 @@ class DeepseekV3PreTrainedModel(MoePreTrainedModel):
         count = max(0, max(marked, default=-1) + 1 - main)
         wanted = getattr(self.config, "_upstream_num_layers", None) not in (None, main)  # not what the file says
         if wanted and count > (self.config.num_nextn_predict_layers or 0) and min(marked) > main:
-            logger.warning(
-                "With `num_hidden_layers=%d` the layers of the checkpoint from %d on are left out, and its MTP layers, "
-                "which follow on layer %d.",
-                main,
-                main,
-                min(marked) - 1,
-            )
+            logger.warning("MTP layers are left out: the checkpoint's follow on layer %d.", min(marked) - 1)
             return 0
         return count
 

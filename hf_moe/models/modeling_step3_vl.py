@@ -34,6 +34,7 @@ from .modeling_step3_text import (
     Step3TextForTokenClassification,
     Step3TextModel,
 )
+from .weights_request import give_text_options
 from .weights_step3 import join_stacks, stack_parts
 
 # Inputs that concern images, and only the prompt.
@@ -539,11 +540,7 @@ class _TextAlone:
         Step3TextConfig.register_for_auto_class("AutoConfig")
         cls.text_class.register_for_auto_class(cls.auto_class)
         if isinstance(kwargs.get("config"), Step3VLConfig):
-            text = cls.text_class.own_config(kwargs["config"])
-            fields = text.to_dict()
-            # What the Auto class left, since the whole configuration has no such key.
-            given = {name: kwargs.pop(name) for name in fields.keys() & kwargs.keys() - {"dtype"}}
-            kwargs["config"] = type(text).from_dict(fields, **given) if given else text
+            kwargs["config"] = cls.text_class.own_config(give_text_options(kwargs["config"], kwargs))
         return cls.text_class.from_pretrained(*args, **kwargs)
 
     @classmethod

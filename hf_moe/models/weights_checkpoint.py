@@ -12,11 +12,14 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
 
 from .weights_experts import expert_index
 from .weights_fp8 import METHOD
 from .weights_lazy import LazyTensor, plain_tensors
 from .weights_safetensors import CheckpointError, ShapeError, open_files
+
+logger = logging.get_logger(__name__)
 
 
 def read_checkpoint(model: PreTrainedModel, files: list[str], options: dict[str, Any]) -> dict[str, Any]:
@@ -59,6 +62,7 @@ def _fit_model(model: PreTrainedModel, tensors: dict[str, Any], options: dict[st
     model.resize_mtp_layers(count)
     for holder in (model.base_model, model):
         holder.name_present_layers()
+    _leave_out_layers(model, names, tensors)
     for duplicate, original in model.mtp_duplicates().items():
         duplicate, original = names.get(name_stem(duplicate)), names.get(name_stem(original))
         if duplicate is None:
@@ -99,6 +103,19 @@ def _fit_model(model: PreTrainedModel, tensors: dict[str, Any], options: dict[st
             f"{source}: tensor {model.upstream_name(missing[0])}{more} missing. They would be newly initialised; "
             f"complete the checkpoint, or correct config.json{key}."
         )
+
+
+def _leave_out_layers(model: PreTrainedModel, names: dict[str, str], tensors: dict[str, Any]) -> None:
+    """Takes the layers beyond those that the caller asked for out of both: of 61, say, with `num_hidden_layers=4`."""
+    stored = getattr(model.config.get_text_config(), "_upstream_num_layers", None)
+    kept = len(model.get_decoder().layers)
+    if stored is None or kept >= stored:
+        return
+    logger.warning("Of the %d layers of the checkpoint the first %d are loaded, as asked.", stored, kept)
+    of_layers = {stem: re.match(r"layers\.(\d+)\.", stem) for stem in names}
+    for stem, found in of_layers.items():
+        if found is not None and int(found.group(1)) >= kept:
+            del tensors[names.pop(stem)]
 
 
 def _check_shape(name: str | None, tensors: dict[str, Any], expected: tuple[int, ...], options) -> None:

@@ -396,8 +396,10 @@ def test_mtp_tensors_present_although_the_config_says_none(claimed, tmp_path):
 @pytest.mark.parametrize("case", ["v3_basic", "v3_fp8", "v3_mtp2"])
 def test_fewer_layers_than_the_checkpoint_has(case, tmp_path, caplog):
     """The usual way to try a large model: the first layers alone. Its MTP layers belong to the last ones."""
-    model = AutoModelForCausalLM.from_pretrained(golden(case), dtype=torch.float32, num_hidden_layers=2)
-    assert "num_hidden_layers=2" in caplog.text and "MTP layers" in caplog.text
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, info = AutoModelForCausalLM.from_pretrained(golden(case), num_hidden_layers=2, **options)
+    assert "the first 2 are loaded" in caplog.text and "MTP layers" in caplog.text
+    assert not info["unexpected_keys"]  # a report of thousands of tensors would say nothing more
     assert len(model.model.layers) == 2 and model.config.num_nextn_predict_layers == 0
     whole = AutoModelForCausalLM.from_pretrained(golden(case), dtype=torch.float32)
     ids = expected(case)["input_ids"]

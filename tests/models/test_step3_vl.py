@@ -31,6 +31,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    FineGrainedFP8Config,
     GenerationConfig,
     pipeline,
 )
@@ -340,6 +341,9 @@ def test_fp8_with_vision(auto_class, place, tmp_path):
     other = auto_class.from_pretrained(write_checkpoint(tmp_path / "plain", without, plain), dtype=torch.float32)
     decoded = auto_class.from_pretrained(folder, dtype=torch.float32, dequantize=True)
     assert_same_tensors(decoded.state_dict(), other.state_dict())
+    request = FineGrainedFP8Config(dequantize=True)  # about the format, which may stand in the text's configuration
+    asked = auto_class.from_pretrained(folder, dtype=torch.float32, quantization_config=request)
+    assert_same_tensors(asked.state_dict(), other.state_dict())
     ids = random_ids(2, 9)
     with torch.no_grad():
         assert_close("logits", kept.eval()(ids).logits, other.eval()(ids).logits, "float32")
@@ -584,3 +588,8 @@ def test_options_of_the_text_reach_it_from_a_vision_checkpoint():
     assert model.model.norm.variance_epsilon == 1e-3
     with pytest.raises(ValueError, match="num_attention_groups"):
         AutoModelForCausalLM.from_pretrained(golden("step3_vl"), num_attention_groups=2)
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        golden("step3_vl"), num_hidden_layers=2, output_loading_info=True
+    )
+    assert len(model.model.language_model.layers) == model.config.text_config.num_hidden_layers == 2
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys")), info
