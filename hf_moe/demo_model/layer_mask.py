@@ -17,6 +17,19 @@ def check_mask(attention_mask) -> None:
             )
 
 
+def may_be_packed(
+    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+) -> bool:
+    """Whether positions that restart mark packed sequences: the caller's, without a mask, and nothing is cached yet.
+
+    Transformers takes them for such only without a cache, which a call makes that says nothing about it; flash
+    attention does either way.
+    """
+    if position_ids is None or attention_mask is not None:
+        return False
+    return past_key_values is None or not (past_key_values.is_compileable or past_key_values.get_seq_length())
+
+
 def long_mask(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
@@ -26,7 +39,7 @@ def long_mask(
     """The mask of a long context as padding and positions, which takes no matrix.
 
     `None` where it is short, where gradients or tracing need the usual forms, and for masks of other shapes. So it is
-    without mask and cache, too: then positions may mark packed sequences.
+    without mask and cache, too: then positions may mark packed sequences (`may_be_packed`).
 
     Args:
         config: of the model.

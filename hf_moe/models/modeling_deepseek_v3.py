@@ -19,6 +19,7 @@ from .layer_cache import adopt_growing_layers
 from .layer_dense import GatedMLP, RMSNorm
 from .layer_experts import MoE
 from .layer_head import LMHead
+from .layer_mask import may_be_packed
 from .layer_mla import LatentAttention
 from .layer_mtp import MTPMixin
 from .layer_rope import RotaryEmbedding
@@ -171,7 +172,8 @@ class DeepseekV3Model(LatentDecoderMixin, DeepseekV3PreTrainedModel):
         Args:
             input_ids: (batch, seq) token ids; or `inputs_embeds`, (batch, seq, hidden).
             attention_mask: (batch, context) of ones and zeros, or a prepared 4D mask.
-            position_ids: (batch, seq). Positions that restart mark packed sequences, where there is no mask and cache.
+            position_ids: (batch, seq). Positions that restart mark packed sequences, where there is no mask and nothing
+                is cached yet.
             past_key_values: a cache to continue from and to extend.
             use_cache: whether to return a cache.
 
@@ -188,12 +190,13 @@ class DeepseekV3Model(LatentDecoderMixin, DeepseekV3PreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             adopt_growing_layers(past_key_values, self.config.num_hidden_layers)
+        mask_cache = None if may_be_packed(position_ids, attention_mask, past_key_values) else past_key_values
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
 
         absorbed = self._choose_order(inputs_embeds, attention_mask, past_key_values)
-        mask = self._make_mask(inputs_embeds, attention_mask, past_key_values, position_ids, absorbed)
+        mask = self._make_mask(inputs_embeds, attention_mask, mask_cache, position_ids, absorbed)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers[: self.config.num_hidden_layers]:

@@ -18,6 +18,7 @@ from .layer_cache import adopt_growing_layers, new_tokens
 from .layer_dense import GatedMLP, RMSNorm
 from .layer_head import LMHead
 from .layer_linear import Linear
+from .layer_mask import may_be_packed
 from .layer_mla import LatentAttention
 from .layer_rope import RotaryEmbedding
 from .layer_router import ZeroExpertRouter
@@ -255,7 +256,8 @@ class LongcatFlashModel(LatentDecoderMixin, LongcatFlashPreTrainedModel):
         Args:
             input_ids: (batch, seq) token ids; or `inputs_embeds`, (batch, seq, hidden).
             attention_mask: (batch, context) of ones and zeros, or a prepared 4D mask.
-            position_ids: (batch, seq). Positions that restart mark packed sequences, where there is no mask and cache.
+            position_ids: (batch, seq). Positions that restart mark packed sequences, where there is no mask and nothing
+                is cached yet.
             past_key_values: a cache to continue from and to extend; two entries a layer.
             use_cache: whether to return a cache.
 
@@ -276,11 +278,12 @@ class LongcatFlashModel(LatentDecoderMixin, LongcatFlashPreTrainedModel):
         self._check_context(seq, past_key_values)
         token_mask = _token_mask(attention_mask, batch, seq, past_key_values)
         inputs_embeds = self._embed(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
+        mask_cache = None if may_be_packed(position_ids, attention_mask, past_key_values) else past_key_values
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(seq, device=inputs_embeds.device) + past).unsqueeze(0)
         absorbed = self._choose_order(inputs_embeds, attention_mask, past_key_values)
-        mask = self._make_mask(inputs_embeds, attention_mask, past_key_values, position_ids, absorbed)
+        mask = self._make_mask(inputs_embeds, attention_mask, mask_cache, position_ids, absorbed)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers:

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from .configuration_longcat_flash_ngram import LongcatFlashNgramConfig
 from .layer_cache import new_tokens
+from .layer_mask import may_be_packed
 from .layer_ngram import (
     PADDING,
     UNKNOWN,
@@ -137,6 +138,7 @@ class LongcatFlashNgramModel(LongcatFlashNgramPreTrainedModel, LongcatFlashModel
         if is_2d:
             cached = past_key_values.get_seq_length() if past_key_values is not None else 0
             tokens = tokens.masked_fill(~new_tokens(visible, cached, seq).bool(), PADDING)
+        packed = may_be_packed(position_ids, attention_mask, past_key_values)
         past, length, slots = None, 0, tokens
         if past_key_values is not None:
             past, length, slots = self._remember(tokens, past_key_values)
@@ -151,7 +153,7 @@ class LongcatFlashNgramModel(LongcatFlashNgramPreTrainedModel, LongcatFlashModel
             hidden = nn.functional.pad(~visible[:, :known].bool(), (0, past.shape[1] - known))
             past = past.masked_fill(hidden, PADDING)
         segments = None
-        if past_key_values is None and attention_mask is None and position_ids is not None:
+        if packed:
             starts = position_ids[:, 1:] != position_ids[:, :-1] + 1  # positions that restart: packed sequences
             segments = nn.functional.pad(starts.long().cumsum(-1), (1, 0))
         return preceding_tokens(tokens, count, past, segments)

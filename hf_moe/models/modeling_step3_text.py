@@ -23,7 +23,7 @@ from .layer_cache import adopt_growing_layers
 from .layer_dense import GatedMLP, RMSNorm
 from .layer_experts import Experts
 from .layer_head import LMHead
-from .layer_mask import check_mask, long_mask
+from .layer_mask import check_mask, long_mask, may_be_packed
 from .layer_mfa import MultiMatrixAttention
 from .layer_rope import RotaryEmbedding
 from .layer_router import SoftmaxRouter
@@ -158,7 +158,8 @@ class Step3TextModel(Step3TextPreTrainedModel):
         Args:
             input_ids: (batch, seq) token ids; or `inputs_embeds`, (batch, seq, hidden).
             attention_mask: (batch, context) of ones and zeros, or a prepared 4D mask.
-            position_ids: (batch, seq). Positions that restart mark packed sequences, where there is no mask and cache.
+            position_ids: (batch, seq). Positions that restart mark packed sequences, where there is no mask and nothing
+                is cached yet.
             past_key_values: a cache to continue from and to extend.
             use_cache: whether to return a cache.
 
@@ -175,11 +176,12 @@ class Step3TextModel(Step3TextPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             adopt_growing_layers(past_key_values, self.config.num_hidden_layers)
+        mask_cache = None if may_be_packed(position_ids, attention_mask, past_key_values) else past_key_values
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
 
-        mask = self._make_mask(inputs_embeds, attention_mask, past_key_values, position_ids)
+        mask = self._make_mask(inputs_embeds, attention_mask, mask_cache, position_ids)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers[: self.config.num_hidden_layers]:  # assisted generation may ask for fewer
@@ -205,9 +207,10 @@ class Step3TextModel(Step3TextPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        if attention_mask is not None and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
-            mask = _additive(mask, inputs_embeds.dtype)
-        return mask
+        if attention_mask is None or not isinstance(mask, torch.Tensor):
+            return mask
+        # That of flash attention is boolean, too, but (batch, context): it says what is padding.
+        return _additive(mask, inputs_embeds.dtype) if mask.dtype == torch.bool and mask.dim() == 4 else mask
 
 
 class Step3TextForCausalLM(CausalLMMixin, Step3TextPreTrainedModel, GenerationMixin):
