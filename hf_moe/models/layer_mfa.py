@@ -133,6 +133,8 @@ class MultiMatrixAttention(nn.Module):
                 output, weights = _attend_in_blocks(attention, query, key, value, blocks), None
             else:
                 output, weights = attention(query.transpose(1, 2), key, value, attention_mask)  # (B, S, h, d)
+                if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4:  # flash attention's has 2
+                    output = _fill_blind(output, value, attention_mask)
         # Kernels of other libraries, bitsandbytes on the CPU, take any input for contiguous.
         return self.o_proj(output.reshape(batch, seq, -1).contiguous()), weights
 
@@ -147,20 +149,35 @@ class MultiMatrixAttention(nn.Module):
         return few and isinstance(attention_mask, torch.Tensor)
 
 
+def _fill_blind(output: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Gives queries that see nothing, which padding may be, the mean of all values, as eager attention does.
+
+    The loss, in which the last padding token predicts the first real one, then does not depend on the implementation.
+    PyTorch gives them zeros. An additive mask of large numbers would do it in the forward pass, but the backward pass
+    of flash and of memory-efficient attention is wrong by large factors there: the logarithm that they keep of a
+    row's sum has no room for the number of its keys beside the mask.
+
+    Args:
+        output: (B, S, h, d).
+        value: (B, h or 1, T, d), the same for all heads.
+        mask: (B or 1, 1, S, T); only a boolean one (True attends) is looked at.
+    """
+    if mask.dtype != torch.bool:
+        return output
+    blind = ~mask.any(-1).transpose(1, 2).unsqueeze(-1)  # (B or 1, S, 1, 1)
+    mean = value[:, :1].mean(2, dtype=torch.promote_types(value.dtype, torch.float32)).unsqueeze(1)  # (B, 1, 1, d)
+    return torch.where(blind, mean.to(output.dtype), output)
+
+
 def _attend_in_blocks(attention: Callable, query, key, value, mask: CausalMask) -> torch.Tensor:
     """(B, S, h, d) of queries (B, S, h, d) that attend some at a time, to the keys up to the last one's own."""
     batch, seq, _, _ = query.shape
     context = mask.past + seq
     output, step = torch.empty_like(query), max(64, _MASK_ENTRIES // (batch * context))
-    everything = None if mask.real is None else value[:, :1].mean(2, dtype=torch.float32).unsqueeze(1)  # (B, 1, 1, d)
     for start in range(0, seq, step):
         stop = min(start + step, seq)
         seen = mask.block(start, stop, mask.past + stop, query.device)
         keys, values = (tensor[:, :, : mask.past + stop] for tensor in (key, value))
         part, _ = attention(query[:, start:stop].transpose(1, 2), keys, values, seen)
-        if everything is not None:
-            # Padding that sees nothing takes the mean of all values, as under an additive mask and in eager attention.
-            nothing = ~seen.any(-1).view(batch, -1, 1, 1)
-            part = torch.where(nothing, everything.to(part.dtype), part)
-        output[:, start:stop] = part
+        output[:, start:stop] = part if mask.real is None else _fill_blind(part, value, seen)
     return output

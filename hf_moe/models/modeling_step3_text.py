@@ -33,16 +33,6 @@ from .modeling_classification import SequenceClassificationMixin, TokenClassific
 from .weights_step3 import VISION_PREFIXES, join_stacks, register_step3_conversions, stack_parts
 
 
-def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean mask (True attends) as what is added to the scores.
-
-    A padding token may attend to nothing. Under a boolean mask PyTorch gives it zeros, under this one the mean of all
-    values, as eager attention does: the loss, where the last padding token predicts the first real one, then does not
-    depend on the implementation.
-    """
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-
-
 class Step3MoE(nn.Module):
     """Routed experts. The shared expert stands beside this block in the layer, as in the checkpoints."""
 
@@ -200,17 +190,13 @@ class Step3TextModel(Step3TextPreTrainedModel):
         mask = long_mask(self.config, inputs_embeds, attention_mask, past_key_values)
         if mask is not None:
             return mask
-        mask = create_causal_mask(
+        return create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        if attention_mask is None or not isinstance(mask, torch.Tensor):
-            return mask
-        # That of flash attention is boolean, too, but (batch, context): it says what is padding.
-        return _additive(mask, inputs_embeds.dtype) if mask.dtype == torch.bool and mask.dim() == 4 else mask
 
 
 class Step3TextForCausalLM(CausalLMMixin, Step3TextPreTrainedModel, GenerationMixin):

@@ -154,6 +154,23 @@ def test_no_copy_per_head(implementation, padded, batch, new_tokens, cache_kind)
     assert used < repeated / 2, f"an operation took {used} bytes; repeated keys would take {repeated}"
 
 
+def test_gradients_through_padding_that_sees_nothing(monkeypatch):
+    """The last padding token predicts the first real one. The reference is the other order, whose softmax is written
+    out; eager attention hands on gradients of scores that its mask swallowed."""
+    ids, mask = left_padded([random_ids(1, 40)[0], random_ids(1, 33, seed=1)[0]])
+    model = text_model("sdpa").double().train()
+
+    def gradients() -> torch.Tensor:
+        model.zero_grad()
+        model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+        return torch.cat([tensor.grad.flatten() for tensor in model.parameters() if tensor.grad is not None])
+
+    got = gradients()
+    monkeypatch.setattr(layer_mfa, "_ROWS_MAX_TOKENS", 64)
+    want = gradients()
+    assert (got - want).norm() <= 1e-9 * want.norm()
+
+
 def test_the_measure_sees_a_repeated_copy():
     """The test above can fail: the plain form, and broadcasting that PyTorch resolves by copying, are both seen."""
     query, key = torch.randn(2, 16, 1, 64), torch.randn(2, 1, 112, 64)
