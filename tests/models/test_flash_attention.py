@@ -8,13 +8,15 @@ import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash_utils
 from checkpoints import golden, max_difference
+from testing import load_golden
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 import hf_moe  # noqa: F401  (registers the models)
 
 CASES = ["v3_mtp2", "v2_lite_greedy", "kimi_k2", "v3_fp8", "step3_text", "longcat_flash", "longcat_lite_ngram"]
 WITH_MTP = ["v3_mtp2", "v3_fp8", "longcat_flash", "longcat_lite_ngram"]
+PIXELS = ("pixel_values", "patch_pixel_values", "num_patches", "patch_newline_mask")
 PACKED = [5, 7]  # lengths of the sequences in a row
 
 
@@ -49,12 +51,10 @@ def both(monkeypatch):
     monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
     monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda *args, **kwargs: True)
 
-    def load(case: str):
+    def load(case: str, auto_class=AutoModelForCausalLM):
         names = ("sdpa", "flash_attention_2")
         options = {"dtype": torch.float32}
-        return [
-            AutoModelForCausalLM.from_pretrained(golden(case), attn_implementation=name, **options) for name in names
-        ]
+        return [auto_class.from_pretrained(golden(case), attn_implementation=name, **options) for name in names]
 
     return load
 
@@ -86,6 +86,17 @@ def test_logits_of_padded_batches(case, side, both):
         want, got = (model.eval()(**inputs).logits for model in (plain, flashed))
     real = inputs["attention_mask"].bool()
     assert max_difference(got[real], want[real]) < 1e-4
+
+
+def test_logits_of_pictures_and_text(both):
+    """The tower, whose attention looks both ways, and a padded prompt behind it."""
+    expected = load_golden("step3_vl")[0]
+    inputs = {name: expected[name] for name in ("input_ids", "attention_mask", *PIXELS)}
+    real = expected["attention_mask"].bool()
+    for model in both("step3_vl", AutoModelForImageTextToText):
+        with torch.no_grad():
+            logits = model.eval()(**inputs).logits
+        assert max_difference(logits[real], expected["logits"][real]) < 1e-4
 
 
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "packed"])
