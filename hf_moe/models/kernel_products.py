@@ -23,7 +23,9 @@ def load_scale(ptr, UE8M0: tl.constexpr):
     value = tl.load(ptr)
     if UE8M0:
         bits = value.to(tl.uint32)
-        value = tl.where(bits == 0, 0x00400000, bits << 23).to(tl.float32, bitcast=True)  # 2**(bits - 127)
+        # 2**(bits - 127): the smallest is subnormal, and 255 is NaN.
+        mantissa = tl.where((bits == 0) | (bits == 255), 0x00400000, 0)
+        value = ((bits << 23) | mantissa).to(tl.float32, bitcast=True)
     return value
 
 

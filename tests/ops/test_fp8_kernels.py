@@ -233,6 +233,15 @@ def test_dequantize_kernel_is_the_definition_bit_for_bit(dtype, scale_dtype, par
 
 
 @kernels
+def test_every_ue8m0_code_is_what_torch_makes_of_it(poisoned):
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(torch.float8_e8m0fnu).view(1, -1)
+    weight = torch.ones(1, 256 * 128, device=DEVICE).to(FP8)
+    decoded = kernel_fp8.dequantize_block_fp8(weight, codes, torch.float32)[0, ::128]
+    assert decoded[255].isnan() and decoded[0] == 2.0**-127
+    torch.testing.assert_close(decoded, codes[0].float(), rtol=0, atol=0, equal_nan=True)
+
+
+@kernels
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "gradient"])
 @pytest.mark.parametrize(
     ("kind", "fmt"), [("w8a8", "fp8"), ("w8a8-ue8m0", "fp8"), ("bfloat16", "bfloat16"), ("float32", "float32")]
