@@ -14,9 +14,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from .layer_head import check_targets, head_losses
 from .op_loss import IGNORE_INDEX, cross_entropy
+
+logger = logging.get_logger(__name__)
 
 # Arguments of the loss, which the decoder does not see.
 _LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
@@ -138,6 +142,8 @@ class CausalLMMixin:
         has_targets = labels is not None or loss_arguments.get("shift_labels") is not None
         if skip_logits and not has_targets:
             raise ValueError("`skip_logits=True` leaves nothing to return without `labels`.")
+        if self.training and not has_targets and "num_items_in_batch" in loss_arguments:
+            self._warn_of_kept_labels()
         mtp = self._run_mtp(hidden_states, has_targets, output_mtp_logits, continues, inputs)
         result = {"mtp_logits": tuple(head(states) for states, head in mtp)} if output_mtp_logits else {}
 
@@ -175,6 +181,23 @@ class CausalLMMixin:
             **self.extra_outputs(outputs),
             **result,
         )
+
+    def _warn_of_kept_labels(self) -> None:
+        """Says what goes wrong where a trainer counts targets but computes the loss from logits by itself."""
+        if torch.compiler.is_compiling():
+            return
+        problems = []
+        if self.num_mtp_depths() and getattr(self.config, "mtp_loss_weight", 0):
+            problems.append("the MTP layers learn nothing from it")
+        if self.auxiliary_loss is not None:
+            problems.append("balance losses are left out")
+        if type(self).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            problems.append("with `label_smoothing_factor`, targets are not shifted, so that every token learns itself")
+        if problems:
+            logger.warning_once(
+                f"The trainer keeps the labels from {type(self).__name__}, as `label_smoothing_factor` and "
+                f"`compute_loss_func` do, and makes the loss from logits: {'; '.join(problems)}."
+            )
 
     def _run_mtp(self, hidden_states, has_targets: bool, output_mtp_logits: bool, continues: bool, inputs):
         """`mtp_states` where logits or a loss ask for them, else nothing."""

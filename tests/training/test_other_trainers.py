@@ -7,6 +7,7 @@ from tiny_step3 import text_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from hf_moe.demo import DEMO_MODEL
+from hf_moe.models import modeling_causal_lm
 from hf_moe.training.data import IGNORE_INDEX
 
 peft = pytest.importorskip("peft")
@@ -116,3 +117,22 @@ def test_trainer_predicts_logits_alone(tmp_path, family):
     result = trainer.predict(rows(6))
     assert result.predictions.shape == (6, 9, 101) == seen[0].predictions.shape
     assert result.metrics["test_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("family", "said", "unsaid"),
+    [("deepseek_v3", "the MTP layers learn nothing", "not shifted"), ("step3", "targets are not shifted", "MTP")],
+)
+def test_what_label_smoothing_leaves_out_is_said(tmp_path, family, said, unsaid, monkeypatch):
+    """`Trainer` keeps the labels to itself then, and shifts them for class names of Transformers alone."""
+    messages = []
+    monkeypatch.setattr(modeling_causal_lm.logger, "warning_once", messages.append)
+    model = text_model() if family == "step3" else tiny_model(family)
+    for factor in (0.0, 0.1):
+        messages.clear()
+        args = TrainingArguments(
+            output_dir=tmp_path, max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+            save_strategy="no", disable_tqdm=True, label_smoothing_factor=factor,
+        )  # fmt: skip
+        Trainer(model, args, train_dataset=rows(4), data_collator=pad).train()
+        assert [said in message and unsaid not in message for message in messages] == [True] * bool(factor)
