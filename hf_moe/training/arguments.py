@@ -181,7 +181,8 @@ class FinetuneArguments:
         self._check_schedule()
         if isinstance(self.lr_scheduler_kwargs, str):
             self.lr_scheduler_kwargs = _parse_object("lr_scheduler_kwargs", self.lr_scheduler_kwargs)
-        if self.learning_rate is None:
+        self.learning_rate_is_given = self.learning_rate is not None  # then a run that goes on takes it, too
+        if not self.learning_rate_is_given:
             self.learning_rate = 2e-4 if self.use_peft else 2e-5
         if self.dtype is None:
             self.dtype = "auto" if self.use_peft else "float32"

@@ -236,7 +236,10 @@ def load_checkpoint(trainer: "FinetuneTrainer", folder: Path, weights_only: bool
         for name, bias in router_biases(trainer.unwrapped).items():
             bias.copy_(stored[name])
     if not weights_only:
+        wanted = trainer.scheduler.base_lrs
         trainer.scheduler.load_state_dict(_read(folder / "scheduler.pt"))
+        if trainer.args.learning_rate_is_given and trainer.scheduler.base_lrs != wanted:
+            change_learning_rates(trainer, folder, wanted)
         for callback, state in zip(trainer.callbacks, _read(folder / "callbacks.pt")):
             callback.load_state_dict(state)
         path = folder / f"rng_state_{accelerator.process_index}.pt"
@@ -245,6 +248,19 @@ def load_checkpoint(trainer: "FinetuneTrainer", folder: Path, weights_only: bool
         else:  # this one keeps the state of its seed, which dropout alone asks for
             warnings.warn(f"{folder} is of fewer processes: {path.name} is missing", stacklevel=2)
     return type(trainer.state)(**saved["state"])
+
+
+def change_learning_rates(trainer: "FinetuneTrainer", folder: Path, peaks: list[float]) -> None:
+    """Goes on with other peak rates, one for each group of the optimiser, at the same step of the schedule."""
+    scheduler = trainer.scheduler
+    if trainer.accelerator.is_main_process:
+        before, after = max(scheduler.base_lrs), max(peaks)
+        warnings.warn(f"{folder} was trained with --learning_rate {before:g}; it goes on with {after:g}", stacklevel=4)
+    shares = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    scheduler.base_lrs = peaks
+    scheduler._last_lr = [peak * share for peak, share in zip(peaks, shares)]
+    for group, peak, rate in zip(trainer.optimizer.param_groups, peaks, scheduler._last_lr):
+        group.update(initial_lr=peak, lr=rate)
 
 
 def load_sharded(trainer: "FinetuneTrainer", folder: Path, weights_only: bool = False) -> None:

@@ -1,6 +1,7 @@
 """The training loop where something is not as it should be: what it refuses, and what it must not lose."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -154,3 +155,23 @@ def test_tokens_a_second_are_those_of_training(tmp_path, monkeypatch):
     lines = [line for line in run.log_lines if "tokens_per_second" in line]
     tokens = [0, *(line["tokens"] for line in lines)]
     assert [line["tokens_per_second"] for line in lines] == [(b - a) / 2 for a, b in zip(tokens, tokens[1:])]
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_a_resumed_run_takes_the_learning_rate_that_it_is_given(tmp_path, optim):
+    """At the same step of the schedule; left out, that of the checkpoint stays, whatever the default."""
+
+    def rates(learning_rate, **more):
+        shared = {"optim": optim, "lr_scheduler_type": "linear", "max_steps": 4, "learning_rate": learning_rate}
+        trainer = trained(tmp_path, some_rows(), **shared, **more)
+        assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.0}  # the schedule has ended
+        return [line["learning_rate"] for line in trainer.log_lines if "learning_rate" in line]
+
+    assert rates(1e-3, save_strategy="steps", save_steps=2) == pytest.approx([7.5e-4, 5e-4, 2.5e-4, 0])
+    again = {"resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
+    with pytest.warns(UserWarning, match="trained with --learning_rate 0.001; it goes on with 0.0001"):
+        assert rates(1e-4, **again) == pytest.approx([7.5e-4, 5e-4, 2.5e-5, 0])
+    for same in (None, 1e-3):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*--learning_rate.*")
+            assert rates(same, **again) == pytest.approx([7.5e-4, 5e-4, 2.5e-4, 0])
