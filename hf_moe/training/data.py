@@ -6,7 +6,9 @@ within a sample.
 """
 
 import importlib.util
+import itertools
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -32,6 +34,10 @@ __all__ = ["IGNORE_INDEX", "Collator", "Encoder", "RowOrder", "TokenRows", "load
 
 # Folders of tokens that a run which was killed left behind are deleted after so many days.
 _KEPT_DAYS = 30
+# Characters that a tokenizer gets at once, where a text can be cut: its records take some 150 bytes for each. Tokens of
+# so many characters on both sides show whether it can, at so many places.
+_PIECE, _CONTEXT, _TRIALS = 1 << 20, 256, 100
+_GAP = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= \S)")
 
 
 @dataclass
@@ -133,7 +139,8 @@ class Encoder:
                     raise DataError(f"{sample.where}: nothing to learn in {len(ids)} tokens")
 
     def _encode(self, text: str, special: bool = True) -> list[int]:
-        ids = list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        first, *others = self._pieces(text)
+        ids = self._ids(first, special)
         bos, eos, wanted = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.args.add_bos_token
         if special and ids and ids[-1] == eos and eos != bos:
             ids.pop()  # put back at the very end
@@ -142,7 +149,30 @@ class Encoder:
                 ids.insert(0, bos)
             elif not wanted and bos is not None and ids[:1] == [bos]:
                 ids.pop(0)
+        for piece in others:
+            ids += self._ids(piece)
         return ids
+
+    def _ids(self, text: str, special: bool = False) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def _pieces(self, text: str) -> list[str]:
+        """A text in pieces that have the same tokens; whole, where it is short or has no such places."""
+        pieces, start = [], 0
+        while len(text) - start > _PIECE:
+            end = self._find_cut(text, start + _PIECE // 2)
+            pieces.append(text[start:end])
+            start = end
+        return [*pieces, text[start:]]
+
+    def _find_cut(self, text: str, start: int) -> int:
+        """The first place from `start` on where a cut changes no token, or the end."""
+        for match in itertools.islice(_GAP.finditer(text, start), _TRIALS):
+            at = match.start()
+            before, behind = text[at - _CONTEXT : at], text[at : at + _CONTEXT]
+            if self._ids(before + behind) == self._ids(before) + self._ids(behind):
+                return at
+        return len(text)
 
     def _end(self, ids: list[int]) -> list[int]:
         eos = self.tokenizer.eos_token_id

@@ -266,10 +266,7 @@ def _read_hub(name: str, config: str | None, split: str, text_field: str) -> Ite
 
 def _check_rows(data, origin: str, text_field: str) -> Iterator[Sample]:
     for number, row in enumerate(data, start=1):
-        # Columns that a row does not have come as None.
-        yield check_row(
-            {key: value for key, value in row.items() if value is not None}, f"{origin}, row {number}", text_field
-        )
+        yield check_row(row, f"{origin}, row {number}", text_field)
 
 
 def check_row(row: Any, where: str, text_field: str = "text") -> Sample:
@@ -280,6 +277,8 @@ def check_row(row: Any, where: str, text_field: str = "text") -> Sample:
     """
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object with keys, got {type(row).__name__}")
+    # Columns of a table that a row does not have come as None, and so they are written as JSON.
+    names, row = list(row), {key: value for key, value in row.items() if value is not None}
     if "messages" in row or "conversations" in row:
         key = "messages" if "messages" in row else "conversations"
         messages = _check_messages(row[key], key, where)
@@ -303,7 +302,7 @@ def check_row(row: Any, where: str, text_field: str = "text") -> Sample:
         if not isinstance(text, str):
             raise DataError(f"{where}: {text_field!r} must be text, got {text!r:.60}")
         return Sample(TEXT, {"text": text}, where)
-    keys = ", ".join(sorted(map(str, row))) or "no keys"
+    keys = ", ".join(sorted(str(key) if key in row else f"{key} (null)" for key in names)) or "no keys"
     raise DataError(
         f"{where}: found {keys}; expected {text_field!r} (see --dataset_text_field), 'prompt' and 'completion', "
         "or 'messages'"

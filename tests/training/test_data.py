@@ -9,10 +9,12 @@ import torch
 from testing import assert_close
 from tiny import tiny_model
 from tiny_step3 import text_model
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_moe.demo import DEMO_MODEL
 from hf_moe.training import FinetuneArguments
+from hf_moe.training import data as data_module
 from hf_moe.training.chat import encode_chat
 from hf_moe.training.data import IGNORE_INDEX, Collator, Encoder, RowOrder, TokenRows, load_rows, pack
 from hf_moe.training.run import describe
@@ -346,6 +348,8 @@ BAD_LINES = {
     "no object": (b"[1, 2]", "line 2: expected an object with keys, got list"),
     "no text": (b'{"text": 5}', "line 2: 'text' must be text, got 5"),
     "another kind": (b'{"prompt": "a", "completion": "b"}', "line 2: a completion sample, but .* line 1 is a text"),
+    "null text": (b'{"text": null, "n": 1}', r"line 2: found n, text \(null\); expected 'text'"),
+    "null completion": (b'{"prompt": "a", "completion": null}', r"line 2: found completion \(null\), prompt; expected"),
     "no completion": (b'{"prompt": "a", "completion": ""}', "line 2: 'completion' is empty"),
     "half a pair": (b'{"prompt": "a", "completion": 1}', "line 2: 'prompt' and 'completion' must both"),
     "no messages": (b'{"messages": []}', "line 2: 'messages' must be a list of messages"),
@@ -432,7 +436,7 @@ def test_text_without_any_token_is_named(tokenizer, tmp_path):
 def test_parquet_rows_are_named(tokenizer, tmp_path):
     datasets, path = pytest.importorskip("datasets"), tmp_path / "a.parquet"
     datasets.Dataset.from_list([{"text": "a b c"}, {"text": None}]).to_parquet(path)
-    with pytest.raises(DataError, match="a.parquet, row 2: found no keys"):
+    with pytest.raises(DataError, match=r"a.parquet, row 2: found text \(null\); expected"):
         load_rows(tokenizer, options(path))
     for content, message in ((b"", "a.parquet is empty"), (b"no parquet", "a.parquet cannot be read as parquet")):
         path.write_bytes(content)
@@ -561,3 +565,36 @@ def test_encoder_asks_for_special_tokens(tokenizer):
 
     with pytest.raises(DataError, match="no EOS token"):
         Encoder(Nothing(), options())
+
+
+def metaspace_tokenizer(text: str) -> PreTrainedTokenizerFast:
+    """As SentencePiece has it: every call begins with a space, and newlines are letters of words."""
+    fast = Tokenizer(models.BPE(unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.Metaspace()
+    fast.train_from_iterator([text], trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "</s>"]))
+    return PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+def test_long_texts_have_the_same_tokens_in_pieces(tokenizer, kind, monkeypatch):
+    rng = random.Random(0)
+    words = ["def f(x):\n    return x", " \n\n", "It's", " wide", "\n", "\r\n", "12345", "naïve 中文字", "\t\tif", ".."]
+    text = "".join(rng.choice(words) + rng.choice(["", " ", "\n"]) for _ in range(4000))
+    tokenizer = tokenizer if kind == "bytes" else metaspace_tokenizer(text)
+    whole, lengths = Encoder(tokenizer, options())._encode(text), []
+    monkeypatch.setattr(data_module, "_PIECE", 2000)
+    monkeypatch.setattr(type(tokenizer), "__call__", watched(type(tokenizer).__call__, lengths))
+    assert Encoder(tokenizer, options())._encode(text) == whole
+    assert max(lengths) < 2500
+    lengths.clear()
+    text = text.replace(" ", "").replace("\n", "")  # no place to cut at
+    Encoder(tokenizer, options())._encode(text)
+    assert max(lengths) == len(text)
+
+
+def watched(call, lengths: list[int]):
+    def tokenize(self, text, **kwargs):
+        lengths.append(len(text))
+        return call(self, text, **kwargs)
+
+    return tokenize
