@@ -240,6 +240,8 @@ def load_checkpoint(trainer: "FinetuneTrainer", folder: Path, weights_only: bool
         trainer.scheduler.load_state_dict(_read(folder / "scheduler.pt"))
         if trainer.args.learning_rate_is_given and trainer.scheduler.base_lrs != wanted:
             change_learning_rates(trainer, folder, wanted)
+        else:  # left out, or the same: what the result's card will say
+            trainer.args.learning_rate = max(trainer.scheduler.base_lrs)
         for callback, state in zip(trainer.callbacks, _read(folder / "callbacks.pt")):
             callback.load_state_dict(state)
         path = folder / f"rng_state_{accelerator.process_index}.pt"

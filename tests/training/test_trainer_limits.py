@@ -165,6 +165,7 @@ def test_a_resumed_run_takes_the_learning_rate_that_it_is_given(tmp_path, optim)
         shared = {"optim": optim, "lr_scheduler_type": "linear", "max_steps": 4, "learning_rate": learning_rate}
         trainer = trained(tmp_path, some_rows(), **shared, **more)
         assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.0}  # the schedule has ended
+        assert trainer.args.learning_rate == (learning_rate or 1e-3)
         return [line["learning_rate"] for line in trainer.log_lines if "learning_rate" in line]
 
     assert rates(1e-3, save_strategy="steps", save_steps=2) == pytest.approx([7.5e-4, 5e-4, 2.5e-4, 0])
