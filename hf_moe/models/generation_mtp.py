@@ -39,8 +39,8 @@ class MTPGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: with `use_mtp` for a model without MTP layers, beam search, an assistant model or other
-                speculation beside it, stateful logits processors, offloaded or quantised caches, attentions or hidden
-                states as outputs, and generation that is synchronised between processes.
+                speculation beside it, token healing, stateful logits processors, offloaded or quantised caches,
+                attentions or hidden states as outputs, and generation that is synchronised between processes.
         """
         arguments = inspect.signature(GenerationMixin.generate).bind(self, *args, **kwargs).arguments
         arguments.pop("self")
@@ -111,6 +111,11 @@ class MTPGenerationMixin(GenerationMixin):
                 raise ValueError(f"`use_mtp=True` and `{name}` are two ways to draft tokens: choose one.")
         if option("dola_layers") is not None or option("penalty_alpha") is not None:
             raise ValueError("`use_mtp=True` works with greedy search and sampling only.")
+        if option("token_healing"):  # Transformers keeps the tokenizer from a decoding method that is given to it
+            raise ValueError(
+                "`use_mtp=True` does not heal tokens: pass what `model.heal_tokens(input_ids, tokenizer)` returns, and "
+                "leave out `token_healing`."
+            )
         if option("use_cache") is False:
             raise ValueError("`use_mtp=True` needs the cache: leave out `use_cache=False`.")
         # Before Transformers makes the cache, which may fail for reasons of its own where there is no accelerator.

@@ -354,6 +354,7 @@ def test_offloaded_weights(model, batch, tmp_path):
         ({"num_beams": 2}, "beam search"),
         ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
         ({"use_cache": False}, "use_cache"),
+        ({"token_healing": True}, "heal_tokens"),
         ({"num_assistant_tokens": 0}, "num_assistant_tokens"),
         ({"num_assistant_tokens_schedule": "sometimes"}, "sometimes"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
