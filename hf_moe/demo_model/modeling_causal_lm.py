@@ -137,6 +137,9 @@ class CausalLMMixin:
         """Runs decoder, head and MTP layers; see the `forward` of the families for the arguments."""
         loss_arguments = {name: inputs.pop(name) for name in _LOSS_ARGUMENTS if name in inputs}
         continues = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if inputs.get("position_ids") is None and inputs.get("cu_seq_lens_q") is not None and not continues:
+            given = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+            inputs["position_ids"] = packed_positions(inputs["cu_seq_lens_q"], given.shape[1])
         outputs = self.model(past_key_values=past_key_values, **inputs)
         hidden_states = outputs.last_hidden_state
         has_targets = labels is not None or loss_arguments.get("shift_labels") is not None
@@ -369,6 +372,16 @@ def next_tokens(
         given = F.pad(given[:, 1:], (0, 1), value=ignore_index)
     following = F.pad(given, (seq - given.shape[1], 0), value=ignore_index).to(hidden_states.device)
     return following if ignore_index == IGNORE_INDEX else following.masked_fill(following == ignore_index, IGNORE_INDEX)
+
+
+def packed_positions(cu_seq_lens: torch.Tensor, seq: int) -> torch.Tensor:
+    """Positions (1, seq) within each of the sequences that a row holds, from their first places and the end.
+
+    Flash attention needs no more than these bounds; n-grams, and attention that reads positions, would not know them.
+    """
+    places = torch.arange(seq, device=cu_seq_lens.device)
+    bounds = cu_seq_lens.long()
+    return (places - bounds[torch.searchsorted(bounds, places, right=True) - 1]).unsqueeze(0)
 
 
 def find_joints(

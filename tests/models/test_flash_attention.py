@@ -9,8 +9,14 @@ import torch
 import transformers.modeling_flash_attention_utils as flash_utils
 from checkpoints import golden, max_difference
 from testing import load_golden
+from tiny import random_ids
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DataCollatorWithFlattening,
+    PreTrainedModel,
+)
 
 import hf_moe  # noqa: F401  (registers the models)
 
@@ -97,6 +103,21 @@ def test_logits_of_pictures_and_text(both):
         with torch.no_grad():
             logits = model.eval()(**inputs).logits
         assert max_difference(logits[real], expected["logits"][real]) < 1e-4
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2"])
+@pytest.mark.parametrize("case", CASES)
+def test_packed_rows_told_by_their_bounds(case, implementation, both):
+    """What `DataCollatorWithFlattening` gives with and without positions."""
+    model = dict(zip(("sdpa", "flash_attention_2"), both(case)))[implementation].train()
+    rows = [{"input_ids": random_ids(1, length, seed=length)[0].tolist()} for length in PACKED]
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    inputs = collate([{**row, "labels": row["input_ids"]} for row in rows])
+    want = model(**inputs)
+    position_ids = inputs.pop("position_ids")
+    got = model(**inputs)
+    assert position_ids.tolist() == [[*range(PACKED[0]), *range(PACKED[1])]]
+    assert torch.equal(got.logits, want.logits) and got.loss.item() == want.loss.item()
 
 
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "packed"])
