@@ -496,7 +496,8 @@ def _launch_options(tile: Tile, row_tiles: int, columns: int, processors: int) -
     options = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
     # While tiles are small, row tiles that read the same weights are neighbours without more ado.
     options.update(GROUP_M=_GROUP_M if tile.per_processor else 0, num_warps=tile.warps, num_stages=tile.stages)
-    if tile.block_k == 32:  # float32, or little memory: else the assembler spills to fit more programs than there are
+    # float32, little memory, or few columns: else the assembler spills to fit more programs than there are
+    if tile.block_k == 32 or tile.block_n < 64:
         options["maxnreg"] = 255
     return (grid,), options
 
