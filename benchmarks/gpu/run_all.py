@@ -5,8 +5,9 @@
 Each part is a process of its own with a time of its own, so that none can take another with it; the most important come
 first, and leave all others the least that these need. While the tests run, other processes compile what the benchmarks
 will launch. `results.json` holds what there is after every part: how it ended, the rows that benchmarks had written by
-then, the tests' outcomes, and how far each target was reached; `log.txt` holds all output. Exits with 1 if a part
-failed; a target that is missed is printed, and fails nothing.
+then, the tests' outcomes, and how far each target was reached. `log.txt` holds what the parts said, of each the
+beginning and the end; `part.txt` what the part said that was never ended, and `warm.txt` what compiled. Exits with 1 if
+a part failed; a target that is missed is printed, and fails nothing.
 
 `--dry` tries the queue itself without a GPU, at tiny sizes, in Triton's interpreter on a CPU that says it is one.
 """
@@ -39,6 +40,7 @@ SEVERAL = re.compile(r"^\[gw\d+\] \[ *\d+%\] (?P<outcome>PASSED|FAILED|ERROR|SKI
 LIMIT_SECONDS = 8.75 * 60
 WARM_SECONDS = 20  # that may pass after the tests until everything is compiled
 INTERRUPT_SECONDS = 5  # that a part has to end after it was interrupted
+MOST_LOGGED = 1 << 20  # characters of a part's output, so that `log.txt` stays small enough to be fetched
 
 
 class Part(NamedTuple):
@@ -121,7 +123,8 @@ class Queue:
     def __init__(self, out: Path, dry: bool):
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.dry, self.start = out, dry, time.monotonic()
-        self.log = (out / "log.txt").open("w", encoding="utf-8")
+        self.log, self.part_log = out / "log.txt", out / "part.txt"
+        self.log.write_text("", encoding="utf-8")
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         self.environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # a process for each core is more than it has to do
@@ -136,18 +139,24 @@ class Queue:
             return 600
         return min(part.seconds, max(self.left() - sum(other.least for other in later), min(part.least, self.left())))
 
-    def launch(self, command: list[str]) -> subprocess.Popen:
-        options = {"cwd": ROOT, "env": self.environment, "stdout": self.log, "stderr": subprocess.STDOUT}
-        return subprocess.Popen([sys.executable, *command], start_new_session=True, **options)
+    def launch(self, command: list[str], log: Path) -> subprocess.Popen:
+        """Starts a script or module whose output is added to `log`."""
+        with log.open("ab") as file:
+            options = {"cwd": ROOT, "env": self.environment, "stdout": file, "stderr": subprocess.STDOUT}
+            return subprocess.Popen([sys.executable, *command], start_new_session=True, **options)
+
+    def warm(self) -> list[subprocess.Popen]:
+        """What compiles, with a log of its own: its lines would cut those that say how a test ended."""
+        return [self.launch(command, self.out / "warm.txt") for command in WARM]
 
     def run(self, part: Part, later: list[Part] = ()) -> None:
         seconds, begin = self.seconds_for(part, later), time.monotonic()
         if seconds < 10:
             self.keep(part, "no time was left", 0.0)
             return
-        place = self.log.tell()
+        self.part_log.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            process = self.launch(self.command(part, folder, seconds))
+            process = self.launch(self.command(part, folder, seconds), self.part_log)
             try:
                 ending = process.wait(seconds)
             except subprocess.TimeoutExpired:
@@ -155,9 +164,11 @@ class Queue:
                 ending = f"stopped after {seconds:.0f} s"
             for path in sorted(Path(folder).glob("*.json")):
                 self.results["benchmarks"].setdefault(part.name, []).append(json.loads(path.read_text()))
-        with (self.out / "log.txt").open(encoding="utf-8", errors="replace") as file:
-            file.seek(place)
-            lines = file.readlines()
+        text = self.part_log.read_text(encoding="utf-8", errors="replace")
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(shortened(text))
+        self.part_log.unlink()
+        lines = text.splitlines(keepends=True)
         if part.name == "tests":
             self.results["tests"] = outcomes(lines)
         self.keep(part, ending, time.monotonic() - begin)
@@ -183,6 +194,14 @@ class Queue:
         temporary = self.out / "results.tmp"
         temporary.write_text(json.dumps(self.results, indent=1) + "\n")
         temporary.replace(self.out / "results.json")
+
+
+def shortened(text: str, most: int = MOST_LOGGED) -> str:
+    """`text`, or its first quarter and last three quarters of `most` characters."""
+    if len(text) <= most:
+        return text
+    first = most // 4
+    return f"{text[:first]}\n[{len(text) - most} characters are left out]\n{text[first - most :]}"
 
 
 def outcomes(lines: list[str]) -> dict:
@@ -220,7 +239,7 @@ def main() -> int:
     # A queue that was started in the background ignores interrupts, and its parts would, too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     queue = Queue(args.out, args.dry)
-    warming = [] if args.dry else [queue.launch(command) for command in WARM]
+    warming = [] if args.dry else queue.warm()
     try:
         parts = [part for part in QUEUE if part.name in args.parts]
         for number, part in enumerate(parts):

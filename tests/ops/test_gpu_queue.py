@@ -80,6 +80,23 @@ def test_parts_find_what_this_process_was_told_to_find(run_all, tmp_path, monkey
     assert (tmp_path / "log.txt").read_text().split()[0].split(":") == [str(run_all.ROOT), "/elsewhere"]
 
 
+def test_logs_stay_small_and_apart(run_all, tmp_path, monkeypatch):
+    """A part may say any amount; what compiles meanwhile does not come between the lines of the tests."""
+    queue = run_all.Queue(tmp_path, dry=False)
+    monkeypatch.setattr(run_all, "WARM", [["-c", "print('compiled')"]])
+    for process in queue.warm():
+        process.wait()
+    long = "print('first'); [print('x' * 1000) for _ in range(5000)]; print('last')"
+    for name in ("one", "two"):
+        queue.run(run_all.Part(name, 10, 60, ["-c", f"print('{name}'); {long}"], []))
+    log = (tmp_path / "log.txt").read_text()
+    assert log.startswith("one\nfirst\nx") and log.endswith("x\nlast\n") and log.count("last\n") == 2
+    assert "two\nfirst" in log and log.count("characters are left out") == 2 and "compiled" not in log
+    assert len(log) < 2 * run_all.MOST_LOGGED + 200 and len(run_all.QUEUE) * run_all.MOST_LOGGED < 16 << 20
+    assert (tmp_path / "warm.txt").read_text() == "compiled\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "warm.txt", "results.json"}
+
+
 def test_every_part_gets_its_least(run_all, tmp_path):
     queue = run_all.Queue(tmp_path, dry=False)
     assert sum(part.least for part in run_all.QUEUE) < run_all.LIMIT_SECONDS - run_all.WARM_SECONDS
@@ -148,6 +165,19 @@ def test_targets_are_held_against_what_was_measured(monkeypatch):
         (50.0, True),
     ]
     assert [entry["share"] for entry in judged[4:]] == [1.5, 0.5, 1.2]
+
+
+def test_a_layer_that_cannot_be_captured_is_measured_as_called(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import mla_decode
+
+    def fail(*args):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(mla_decode, "seconds_of_each", fail)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    row = mla_decode.layer_row(40, "cpu", sizes, 1)
+    assert row["ratio"] > 0 and "not permitted" in row["graph failed"] and "failed" not in row
 
 
 def test_what_is_interrupted_tells_how_far_it_came_and_leaves_nothing_behind(run_all):
