@@ -2,12 +2,15 @@
 
 import contextlib
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from hf_moe.models.triton_compat import HAS_TRITON
 
@@ -26,6 +29,8 @@ TOL = {
     # Products of FP8 operands, against exact ones of the same quantised operands.
     "fp8": 1e-2,
     "bfloat16": 1e-2,
+    # Other kernels: sums in float32, rounded once.
+    "bfloat16_kernel": 5e-3,
     # Gradients that went through several bfloat16 products, each rounded on its way.
     "bfloat16_grad": 2e-2,
     # Experts, outputs and gradients: every product summed in float32, rounded once per stored tensor.
@@ -126,3 +131,31 @@ def watch_quantised_products(monkeypatch) -> list[str]:
     monkeypatch.setattr(op_fp8, "multiply", watched_multiply)
     monkeypatch.setattr(op_experts, "experts_triton", watched_experts)
     return seen
+
+
+class Held(TorchDispatchMode):
+    """The largest tensor, and the most bytes, that are made and held within."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.peak, self.largest = {}, 0, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage(), inputs)
+        return result
+
+    def _count(self, storage, inputs) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place in self.known or place in inputs:
+            return
+        self.known[place] = weakref.finalize(storage, self._drop, place, size)
+        self.now += size
+        self.peak, self.largest = max(self.peak, self.now), max(self.largest, size)
+
+    def _drop(self, place, size) -> None:
+        del self.known[place]
+        self.now -= size

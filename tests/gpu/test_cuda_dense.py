@@ -28,15 +28,15 @@ def load(dtype=torch.float32, **kwargs):
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 300, 4096])
 @pytest.mark.parametrize("sizes", [(576, 7168), (1536, 7168), (7168, 18432), (1000, 200)], ids=str)
-def test_products_at_real_sizes(sizes, rows):
+def test_products_at_real_sizes(sizes, rows, poisoned):
     out_features, in_features = sizes
     weight, scale = kernel_fp8.quantize_block_fp8(random(out_features, in_features))
     wide, x, grad = op_quant.dequantize_block_fp8(weight, scale), random(rows, in_features), random(rows, out_features)
     torch.backends.cuda.matmul.allow_tf32 = False
     output = kernel_fp8.multiply(x, weight, scale, out_dtype=x.dtype)
-    assert_close("w8a16", output, x.float() @ wide.T, "bfloat16")
+    assert_close("w8a16", output, x.float() @ wide.T, "bfloat16_kernel")
     gradient = kernel_fp8.multiply(grad, weight, scale, out_dtype=x.dtype, transposed=True)
-    assert_close("gradient", gradient, grad.float() @ wide, "bfloat16")
+    assert_close("gradient", gradient, grad.float() @ wide, "bfloat16_kernel")
     if converts_fp8(x.device):
         values, x_scale = kernel_fp8.quantize_rows(x)
         output = kernel_fp8.multiply(values, weight, scale, out_dtype=x.dtype, x_scale=x_scale)
@@ -80,7 +80,7 @@ def test_memory_is_that_of_the_files():
 @pytest.mark.parametrize("context", [1, 63, 4097, 32768])
 @pytest.mark.parametrize("masked", [False, True])
 @torch.no_grad()
-def test_attention_at_real_sizes(context, queries, masked):
+def test_attention_at_real_sizes(context, queries, masked, poisoned):
     if queries > context:
         pytest.skip("more queries than context")
     tensors = (
@@ -99,14 +99,14 @@ def test_attention_at_real_sizes(context, queries, masked):
     wanted, _ = layer_mla.absorbed_attention(
         query, query_rope, latent.unsqueeze(1), key_rope.unsqueeze(1), wide_mask, 0.1
     )
-    assert_close("attended", output, wanted, "bfloat16")
+    assert_close("attended", output, wanted, "bfloat16_kernel")
     assert torch.equal(output, mla_decode(*tensors, mask, 0.1)), "the same inputs gave other bits"
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("queries", "context"), [(4096, 4096), (300, 20000), (1, 9000)])
 @torch.no_grad()
-def test_prompts_at_real_sizes(queries, context, masked, monkeypatch):
+def test_prompts_at_real_sizes(queries, context, masked, monkeypatch, poisoned):
     """DeepSeek-V3's heads, 16 of them, against float32 products; the memory is that of a piece."""
     query, query_rope = random(2, queries, 16, 128), random(2, queries, 16, 64)
     key_rope, latent, weight = random(2, context, 64), random(2, context, 512), random(16 * 256, 512) * 512**-0.5
@@ -126,13 +126,14 @@ def test_prompts_at_real_sizes(queries, context, masked, monkeypatch):
     torch.cuda.reset_peak_memory_stats()
     pieces = op_prefill.latent_prefill(*arguments)
     assert torch.cuda.max_memory_allocated() - before < 3 * output.nbytes + (64 << 20)
+    assert torch.equal(pieces, op_prefill.latent_prefill(*arguments)), "the same inputs gave other bits"
     monkeypatch.setattr(op_prefill, "prefill_on_kernels", lambda query: False)
     query, query_rope, key_rope, latent, weight = (
         tensor.float() for tensor in (query, query_rope, key_rope, latent, weight)
     )
     wanted = op_prefill.latent_prefill(query, query_rope, key_rope, *arguments[3:])
-    assert_close("attended", output, wanted, "bfloat16")
-    assert_close("in pieces", pieces, wanted, "bfloat16")
+    assert_close("attended", output, wanted, "bfloat16_kernel")
+    assert_close("in pieces", pieces, wanted, "bfloat16_kernel")
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ def test_forward_matrix_in_bfloat16(shape, poisoned):
 
 
 @pytest.mark.parametrize("weights", ["fp8", "fp8_ue8m0"])
-@pytest.mark.parametrize("shape", [shape for shape in MATRIX if shape.experts != 256], ids=str)
+@pytest.mark.parametrize("shape", MATRIX, ids=str)
 def test_forward_matrix_in_fp8(shape, weights, poisoned):
     case = make_case(shape, 520, 264, torch.bfloat16, weights).to("cuda")
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_forward_in_other_dtypes(shape, dtype, poisoned):
         assert_close("output", output, experts_torch(*case.arguments()), format_of(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", MANY, ids=str)
 def test_gradients(shape, dtype, poisoned):
     compare(make_case(shape, 256, 136, dtype))
@@ -96,9 +96,14 @@ def test_lora(dtype, weights, dropout, poisoned):
     compare(make_case(Shape(700, 8, 2, "skipped"), 264, 136, dtype, weights, 16, dropout))
 
 
-def test_the_same_inputs_give_the_same_bits():
-    case = make_case(Shape(2048, 16, 8), 1024, 512, torch.bfloat16, rank=16).to("cuda")
-    results = [run_with_gradients(lambda *args: experts(*args, impl="triton"), case) for _ in range(5)]
+@pytest.mark.parametrize(
+    "weights, rank, quantize",
+    [("plain", 0, False), ("plain", 16, False), ("fp8", 16, False), pytest.param("fp8", 0, True, marks=fp8_device)],
+)
+def test_the_same_inputs_give_the_same_bits(weights, rank, quantize):
+    case = make_case(Shape(2048, 16, 8), 1024, 512, torch.bfloat16, weights, rank).to("cuda")
+    run = lambda *args: experts(*args, quantize=quantize, impl="triton")  # noqa: E731
+    results = [run_with_gradients(run, case) for _ in range(5)]
     for name, tensor in results[0].items():
         assert all(torch.equal(tensor, other[name]) for other in results[1:]), name
 

@@ -235,7 +235,7 @@ def test_forward(shape, dtype, poisoned):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", FEW, ids=str)
 def test_gradients(shape, dtype, poisoned):
     compare(make_case(shape, 72, 40, dtype))
@@ -332,9 +332,13 @@ def test_lora_in_bfloat16(poisoned):
 
 
 @interpreted
-def test_the_same_inputs_give_the_same_bits():
-    case = make_case(Shape(50, 4, 2), 40, 24, torch.bfloat16, rank=4)
-    first, second = compare(case), compare(case)
+@pytest.mark.parametrize("weights, quantize", [("plain", False), ("fp8", False), ("fp8", True)])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_same_inputs_give_the_same_bits(rank, weights, quantize):
+    case = make_case(Shape(50, 4, 2), 136, 72, torch.bfloat16, weights, rank)
+    first, second = (
+        run_with_gradients(lambda *args: experts(*args, quantize=quantize, impl="triton"), case) for _ in range(2)
+    )
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
 

@@ -244,7 +244,7 @@ def test_every_ue8m0_code_is_what_torch_makes_of_it(poisoned):
 @kernels
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "gradient"])
 @pytest.mark.parametrize(
-    ("kind", "fmt"), [("w8a8", "fp8"), ("w8a8-ue8m0", "fp8"), ("bfloat16", "bfloat16"), ("float32", "float32")]
+    ("kind", "fmt"), [("w8a8", "fp8"), ("w8a8-ue8m0", "fp8"), ("bfloat16", "bfloat16_kernel"), ("float32", "float32")]
 )
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_product_kernel_against_float64_on_the_same_quantised_inputs(sizes, kind, fmt, transposed, poisoned):

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.skipif(not can_run_kernels(), reason="kernels cannot r
 if torch.cuda.is_available():  # there they are part of the GPU queue
     pytestmark.append(pytest.mark.gpu)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FORMAT = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+FORMAT = {torch.float32: "float32", torch.bfloat16: "bfloat16_kernel"}
 DTYPES = [pytest.param(torch.bfloat16, id="bfloat16")]
 if DEVICE == "cpu":  # the interpreter has the registers for it
     DTYPES.append(pytest.param(torch.float32, id="float32"))

@@ -1,12 +1,8 @@
 """Attention of long prompts piece by piece: every form against the definition in float64, and its memory."""
 
-import weakref
-
 import pytest
 import torch
-from testing import assert_close, can_run_kernels
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from testing import Held, assert_close, can_run_kernels
 
 from hf_moe.models import kernel_prefill, op_prefill
 from hf_moe.models.op_prefill import CausalMask, causal_mask, latent_prefill, piece_sizes
@@ -15,7 +11,7 @@ CUDA = torch.cuda.is_available()
 if CUDA:  # there they are part of the GPU queue
     pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if CUDA else "cpu"
-FORMAT = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+FORMAT = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16_kernel"}
 FORMS = [
     pytest.param("kernel", marks=pytest.mark.skipif(not can_run_kernels(), reason="kernels cannot run here")),
     pytest.param("flash", marks=pytest.mark.skipif(CUDA, reason="of the CPU")),
@@ -151,34 +147,6 @@ def test_the_flash_attention_that_pytorch_does_not_publish():
     assert output.isfinite().all()
 
 
-class Held(TorchDispatchMode):
-    """The largest tensor, and the most bytes, that are made and held within."""
-
-    def __init__(self):
-        super().__init__()
-        self.known, self.now, self.peak, self.largest = {}, 0, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage(), inputs)
-        return result
-
-    def _count(self, storage, inputs) -> None:
-        place, size = storage._cdata, storage.nbytes()
-        if place in self.known or place in inputs:
-            return
-        self.known[place] = weakref.finalize(storage, self._drop, place, size)
-        self.now += size
-        self.peak, self.largest = max(self.peak, self.now), max(self.largest, size)
-
-    def _drop(self, place, size) -> None:
-        del self.known[place]
-        self.now -= size
-
-
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_memory_does_not_grow_with_the_context(form, in_form):
     """A chunk of a prompt against caches of 2,048 and 16,384 tokens."""
@@ -196,6 +164,22 @@ def test_memory_does_not_grow_with_the_context(form, in_form):
     with torch.no_grad(), Held() as held:
         run(*inputs, CausalMask(context - 256, real))
     assert held.peak > 10 * peaks[16384][0] and held.largest >= 4 * 4 * 16128 * 32  # the keys of four heads
+
+
+@pytest.mark.skipif(CUDA or not can_run_kernels(), reason="needs Triton's interpreter")
+@torch.no_grad()
+def test_the_kernel_holds_a_piece_of_the_context(in_form):
+    """Its keys and values are expanded 256 tokens and a head at a time, however long the context is."""
+    peaks = {}
+    for context in (512, 3072):
+        inputs, real = make_inputs(1, 64, 2, context, torch.float32), padding("left", 1, context)
+        for elements in (1, 1 << 30):
+            in_form("kernel", elements)
+            with Held() as held:
+                run(*inputs, CausalMask(context - 64, real))
+            peaks[context, elements] = held.peak, held.largest
+    assert peaks[3072, 1][1] == peaks[512, 1][1] and peaks[3072, 1][0] <= peaks[512, 1][0] + 8 * 3072
+    assert peaks[3072, 1 << 30][1] >= 4 * 2 * 3072 * 44 > 5 * peaks[3072, 1][1]
 
 
 def test_sizes_of_pieces_at_deepseeks_sizes():
