@@ -236,7 +236,7 @@ def test_forward(shape, dtype, poisoned):
 
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", FEW, ids=str)
+@pytest.mark.parametrize("shape", [*FEW, Shape(40, 8, 1, "one")], ids=str)
 def test_gradients(shape, dtype, poisoned):
     compare(make_case(shape, 72, 40, dtype))
 

@@ -227,6 +227,35 @@ def test_graphs_of_the_pretence_do_again_what_was_captured(cuda):
         assert not torch.equal(captured, first + 1)
 
 
+@pytest.mark.parametrize("weights, quantize", [("plain", False), ("fp8", False), ("fp8", True)])
+@torch.no_grad()
+def test_a_graph_of_a_layer_serves_any_routing(cuda, weights, quantize):
+    """Router and experts as captured, with tokens that choose other experts, all the same, and with logits of NaN."""
+    cuda.replays, graph = True, torch.cuda.CUDAGraph()
+    case = make_case(Shape(9, 16, 2), 136, 72, torch.float32, weights).to("cuda")
+    logits, bias = torch.randn(9, 16).to("cuda"), torch.zeros(16, device="cuda")
+    stacks = case.arguments()[3:]
+
+    def layer():
+        scores, indices = route(logits, bias, top_k=2, num_group=4, topk_group=2)
+        return experts(case.hidden_states, indices, scores, *stacks, quantize=quantize), indices
+
+    results = [layer()]
+    torch.cuda.set_sync_debug_mode("error")
+    with torch.cuda.graph(graph):
+        captured = layer()
+    torch.cuda.set_sync_debug_mode("default")
+    alike = torch.arange(16.0).expand(9, -1)
+    for other in (torch.randn(9, 16), alike, torch.full((9, 16), torch.nan)):
+        logits.copy_(other.to("cuda"))
+        graph.replay()
+        results.append(layer())
+        assert all(torch.equal(one.nan_to_num(7.0), new.nan_to_num(7.0)) for one, new in zip(captured, results[-1]))
+        assert not torch.equal(captured[1], results[-2][1])
+    assert results[2][1].cpu().tolist() == [[15, 14]] * 9
+    assert [bool(output.isnan().any()) for output, _ in results] == [False, False, False, True]
+
+
 def test_attention_of_the_pretence_has_its_gradient_where_it_is(cuda):
     """On a CPU it is taken apart, into operations of which some make tensors and do not say where."""
     tensors = [torch.randn(1, 2, 6, 8) for _ in range(3)]
