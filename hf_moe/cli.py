@@ -39,10 +39,8 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
 ) -> None:
     """Let the small model that comes with the package complete Python source, and measure it."""
-    try:
+    with _clear_errors():
         run_demo(prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    except (ValueError, FileNotFoundError) as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 class KvDtype(StrEnum):
@@ -279,10 +277,14 @@ def merge(
 
 @contextmanager
 def _clear_errors():
+    """Errors as one line, which logs and searches find whole: Typer would break it into a frame, under a usage."""
     try:
         yield
+    except BrokenPipeError:  # of whoever read the output, and wants no more of it
+        raise
     except (ValueError, OSError, ImportError) as error:
-        raise typer.BadParameter(str(error)) from error
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
     except KeyboardInterrupt as interrupt:
         typer.echo(str(interrupt) or "Interrupted.", err=True)
         raise typer.Exit(130) from interrupt
