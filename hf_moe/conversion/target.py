@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..folders import why_not_writable
 from ..models.weights_safetensors import CheckpointError
 from .source import Source
 
@@ -37,13 +38,9 @@ def check_target(source: Source, target: Path) -> None:
             raise CheckpointError(f"{target}: exists and is not empty. Name another folder, or remove it.")
         if os.path.ismount(target):
             raise CheckpointError(f"{target}: is a mount point, which cannot be replaced. Name a folder in it.")
-    parent = target.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise CheckpointError(f"{target}: {parent} is a file, not a folder.")
-    if not os.access(parent, os.W_OK | os.X_OK) or os.statvfs(parent).f_flag & os.ST_RDONLY:
-        raise CheckpointError(f"{target}: {parent} cannot be written to. Name another folder.")
+    problem = why_not_writable(target.absolute().parent)
+    if problem is not None:
+        raise CheckpointError(f"{target}: {problem}")
     _check_partial(source, partial_path(target))
 
 

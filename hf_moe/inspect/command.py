@@ -7,7 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..folders import why_not_writable
 from .accelerators import DEFAULT, Accelerator, load_accelerators
+from .charts import new_figure
 from .explain import INSPECT, ROUTE, print_explanations
 from .report import inspect_model, print_report, write_json
 
@@ -30,7 +32,8 @@ def run_inspect(
     """Prints tables, or JSON alone; writes charts; returns the records.
 
     Raises:
-        ValueError: for an unknown accelerator, half a disaggregation, and what `inspect_model` refuses.
+        ValueError: for an unknown accelerator, half a disaggregation, a folder for charts that cannot be written to,
+            and what `inspect_model` refuses.
     """
     console = Console(markup=False)
     if explain:
@@ -41,6 +44,8 @@ def run_inspect(
         raise ValueError("Name a model: a folder, a Hub id, a config file or a shipped name.")
     if (attention_on is None) != (experts_on is None):
         raise ValueError("`--attention-on` and `--experts-on` go together: name both devices.")
+    if charts is not None:
+        _check_pictures("--charts", charts)
     known = load_accelerators(accelerators_file)
     names = accelerators or list(DEFAULT)
     devices = list(known.values()) if "all" in names else [_pick(known, name) for name in names if name != "none"]
@@ -56,6 +61,14 @@ def run_inspect(
 
         _tell(save_charts(records, devices, charts), console, as_json)
     return records
+
+
+def _check_pictures(option: str, folder: Path) -> None:
+    """Says before the work that its pictures cannot be drawn or written."""
+    new_figure(1, 1)
+    problem = why_not_writable(folder)
+    if problem is not None:
+        raise ValueError(f"{option} {folder}: {problem}")
 
 
 def _pick(known: dict[str, Accelerator], name: str) -> Accelerator:
@@ -84,9 +97,9 @@ def run_route(
     """Runs the model over the text, writes pictures and `routing.json` into `out`, prints a table or the JSON.
 
     Raises:
-        ValueError, FileNotFoundError: for what is no model, no text or no such layer.
+        ValueError, FileNotFoundError: for what is no model, no text or no such layer, and for a folder that cannot be
+            written to.
     """
-    from .charts import new_figure
     from .route_charts import save_route_charts
     from .routing import route_text, statistics
 
@@ -97,7 +110,7 @@ def run_route(
             return None
     if model is None or text is None:
         raise ValueError("Name a model and a text: hf-moe route MODEL --text FILE.")
-    new_figure(1, 1)  # what is missing is said before the run
+    _check_pictures("--out", out)
     routing = route_text(model, text, max_tokens, window, groups, layer)
     result = statistics(routing, groups)
     paths = save_route_charts(routing, groups, out, layer)

@@ -260,5 +260,5 @@ def route_text(
     content = read_text(text)
     loaded, tokenizer = load_model(model)
     check_request(loaded, groups, layer)
-    ids = tokenizer(content).input_ids[:max_tokens]
+    ids = tokenizer(content, verbose=False).input_ids[:max_tokens]  # run in windows, however many there are
     return record_routing(loaded, ids, window, name=model)

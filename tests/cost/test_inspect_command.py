@@ -182,6 +182,12 @@ def test_clear_errors(arguments, words):
     assert result.exit_code == 2 and words in result.output and "Traceback" not in result.output
 
 
+def test_a_folder_for_charts_that_cannot_be_made_is_said_first(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    result = run("step3", "--charts", str(tmp_path / "file" / "charts"))
+    assert result.exit_code == 2 and result.stdout == "" and "is a file, not a folder" in result.output
+
+
 def test_unknown_name_without_a_network(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match="'deepseek-v9'.*deepseek-v3"):

@@ -168,6 +168,12 @@ def test_clear_errors(options, words, text, tmp_path, monkeypatch):
     assert words in " ".join(result.output.replace("│", " ").split())
 
 
+def test_a_folder_that_cannot_be_written_to_is_said_before_the_run(text, monkeypatch):
+    monkeypatch.setattr("hf_moe.inspect.routing.load_model", None)
+    result = run("demo", "--text", text, "--out", text / "out")
+    assert result.exit_code == 2 and f"--out {text / 'out'}: {text} is a file" in result.output
+
+
 @pytest.mark.parametrize("content, words", [(b"", "no text"), (b"\xff\xfe\x00", "not UTF-8")])
 def test_texts_that_are_none(content, words, tmp_path):
     (tmp_path / "text").write_bytes(content)
