@@ -238,12 +238,16 @@ def open_store(path_or_hub_id: str | os.PathLike, revision: str | None = None, t
     With `HF_HUB_OFFLINE` set, a repository is read from the Hub's cache.
 
     Raises:
-        CheckpointError: if there is neither.
+        CheckpointError: if there is neither, and for a revision of a folder.
     """
-    folder = Path(path_or_hub_id)
+    folder, text = Path(path_or_hub_id), os.fspath(path_or_hub_id)
     if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"{folder} is a folder, and only repositories have revisions such as {revision!r}. Leave it out, or, "
+                f"for the repository {text}, start where there is no such folder."
+            )
         return LocalStore(folder)
-    text = os.fspath(path_or_hub_id)
     if folder.exists():
         raise CheckpointError(f"{folder} is a file. Name the folder of the checkpoint.")
     if text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:

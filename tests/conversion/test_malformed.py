@@ -347,6 +347,8 @@ OPTIONS = {
     "world_size": (["convert", "--to", "inference", "--world-size", 3], ["world-size", "3"]),
     "world_size_cuts_blocks": (["convert", "--to", "inference", "--world-size", 2], ["2 ranks"]),
     "foreign_option": (["convert", "--to", "bf16", "--world-size", 2], ["world-size"]),
+    "revision_of_a_folder": (["convert", "--to", "bf16", "--revision", "main"], ["source is a folder", "'main'"]),
+    "slice_revision_of_a_folder": (["slice", "--experts", "4", "--revision", "v1"], ["source is a folder", "'v1'"]),
     "slice_nothing": (["slice"], ["--first-layers"]),
     "slice_no_layer": (["slice", "--first-layers", 0], ["3 layers"]),
     "slice_too_many": (["slice", "--first-layers", 3, "--last-layers", 1], ["3 layers"]),
