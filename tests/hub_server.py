@@ -23,6 +23,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_test_token"
+LICENCES = ("apache-2.0", "mit", "other")  # some of the Hub's
 LFS_PATTERNS = (".safetensors", ".bin", "tokenizer.json")
 
 
@@ -327,6 +328,12 @@ class Handler(BaseHTTPRequestHandler):
     def validate(self):
         content = json.loads(self.body)["content"]
         metadata = content.startswith("---\n")
+        stated = re.search(r"^license: (.*)$", content, re.MULTILINE)
+        if stated and stated[1] not in LICENCES:
+            problem = f'"license" must be one of [{", ".join(LICENCES)}]'
+            if self.headers["Accept"] == "text/plain":
+                return 400, f"- Error: {problem}".encode()
+            return 400, json.dumps({"errors": [{"message": problem}], "warnings": []}).encode()
         warnings = [] if metadata else [{"message": "empty or missing yaml metadata"}]
         return 200, json.dumps({"errors": [], "warnings": warnings}).encode()
 

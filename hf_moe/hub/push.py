@@ -18,22 +18,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import get_session, validate_repo_id
+from yaml import YAMLError
 
+from ..conversion.source import PICKLES
 from ..units import bytes_text
 from .bundle import PROCESSOR_FILES, code_bundle, knows_model_type
 from .card import LICENCE_FILE, CardOptions, is_ours, known_licence, read_checkpoint, render_card
 from .manifest import MANIFEST, with_manifest
 
 README = "README.md"
-# Left behind: what training leaves in a folder, and what nobody should load.
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
-LEFTOVERS = ("*.part", "*.tmp", "*.incomplete", "*.lock", "*.pyc")
+# Left behind: what nobody should load, and what training leaves in a folder.
+LEFT_FILES = (*PICKLES, ".part", ".tmp", ".incomplete", ".lock", ".pyc")
 LEFT_FOLDERS = ("__pycache__", "checkpoint-*", "runs")
 # Files that are a checkpoint together: what is left there of an earlier one would be loaded in place of the new one.
-WEIGHTS = re.compile(r"model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors|model\d+-mp\d+\.\w+")
+REPLACED = re.compile(r"model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors|model\d+-mp\d+\.\w+")
 FILES_AT_ONCE = 5  # what the client sends side by side
 
 
@@ -193,7 +194,7 @@ def collect_files(folder: Path, exclude: Iterable[str] = ()) -> tuple[dict[str, 
                 left.append(relative)
             elif name.startswith(".") and name != ".gitattributes":
                 continue
-            elif any(fnmatch.fnmatch(name, pattern) for pattern in (*PICKLES, *LEFTOVERS)):
+            elif name.endswith(LEFT_FILES):
                 left.append(relative)
             else:
                 _check_link(folder, folder / here / name)
@@ -251,8 +252,9 @@ def push(
     """
     plan = plan or plan_push(folder, repo, options)
     api = HfApi(token=options.token)
-    with clear_errors(repo):  # a wrong token should not show after an hour of reading weights
+    with clear_errors(repo):  # a wrong token or licence should not show after hours of reading and sending weights
         exists = _look(api, repo, options, report)
+        _check_card(plan)
     report(f"verifying {folder} ...")
     verify_before_push(folder, progress)
     with clear_errors(repo):
@@ -290,6 +292,21 @@ def _look(api: HfApi, repo: str, options: PushOptions, report: Callable[[str], N
     return True
 
 
+def _check_card(plan: Plan) -> None:
+    """Asks the Hub about the metadata of README.md, such as the licence, as it would itself before the commit."""
+    content = next((upload.content for upload in plan.uploads if upload.name == README), None)
+    if content is None:
+        return
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    try:
+        ModelCard(data.decode("utf-8", errors="replace"), ignore_metadata_errors=True).validate()
+    except (ValueError, YAMLError) as error:
+        raise PushError(
+            f"The Hub would refuse the metadata of README.md: {error} Give --license in the Hub's spelling, or mend "
+            "the README.md of the folder."
+        ) from error
+
+
 def _theirs(api: HfApi, plan: Plan, options: PushOptions) -> bool:
     """Whether the repository has a card that is not ours, and we were not told to replace it."""
     if not plan.card or options.card:
@@ -303,10 +320,10 @@ def _theirs(api: HfApi, plan: Plan, options: PushOptions) -> bool:
 def _remove_stale(api: HfApi, plan: Plan, options: PushOptions, report: Callable[[str], None]) -> list:
     """Takes weight files of an earlier checkpoint out of the repository, where its history keeps them."""
     sent = {upload.name for upload in plan.uploads}
-    if not any(WEIGHTS.fullmatch(name) for name in sent):
+    if not any(REPLACED.fullmatch(name) for name in sent):
         return []
     there = api.list_repo_files(plan.repo, revision=options.revision)
-    stale = [name for name in there if WEIGHTS.fullmatch(name) and name not in sent and name not in plan.left]
+    stale = [name for name in there if REPLACED.fullmatch(name) and name not in sent and name not in plan.left]
     for name in stale:
         report(f"removed from the repository, as of an earlier checkpoint: {name}")
     return [CommitOperationDelete(name) for name in stale]

@@ -306,6 +306,16 @@ def test_bad_arguments(hub, folder, arguments, message):
     assert code == 2 and message in output and not hub.requests, output
 
 
+def test_a_licence_that_the_hub_does_not_know_is_refused_before_the_work(hub, folder, monkeypatch):
+    monkeypatch.setattr("hf_moe.hub.push.verify_before_push", None)
+    code, output = command("push", folder, REPO, "--license", "mit-license")
+    assert code == 2 and '"license" must be one of' in output and "--license" in output, output
+    assert not hub.repositories
+    (folder / "README.md").write_text("---\nlicense: [\n---\nMine.\n")
+    code, output = command("push", folder, REPO)
+    assert code == 2 and "README.md" in output and "metadata" in output and not hub.repositories, output
+
+
 def test_bad_folders(hub, tmp_path, folder):
     code, output = command("push", tmp_path / "nowhere", REPO)
     assert code == 2 and "config.json" in output
