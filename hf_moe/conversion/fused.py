@@ -29,7 +29,7 @@ def plan_fused(source: Source) -> Plan:
     """
     config = read_config_class(source.config)
     experts = config.get_text_config().n_routed_experts
-    _check_blocks(source)
+    _check_blocks(source, one_by_one=True)
     layers: dict[tuple[str, str], dict[str, list[str]]] = {}
     groups: list[Group] = []
     places: dict[tuple[str, str], int] = {}
@@ -90,7 +90,8 @@ def _fused_groups(source: Source, stem: str, suffix: str, experts: int) -> Itera
         raise CheckpointError(f"{source.name}: has tensors {behind}*, but config.json says {experts} experts.")
 
 
-def _check_blocks(source: Source) -> None:
+def _check_blocks(source: Source, one_by_one: bool) -> None:
+    """Refuses FP8 blocks that reach over the border of gate and up: in fused tensors, or in those to be fused."""
     quantization = stored_quantization(source.config)
     if quantization is None or quantization["quant_method"] != "fp8":
         return
@@ -99,7 +100,7 @@ def _check_blocks(source: Source) -> None:
         if entry.dtype != FP8:
             continue
         fused = fused_parameter(name) and name.endswith("gate_up_proj")
-        part = (_MATRIX.fullmatch(name) or _STACK.fullmatch(name)) and "down_proj" not in name
+        part = one_by_one and (_MATRIX.fullmatch(name) or _STACK.fullmatch(name)) and "down_proj" not in name
         rows = entry.shape[-2] // 2 if fused else entry.shape[-2]
         if (fused or part) and rows % block:
             raise source.complain(
@@ -116,7 +117,7 @@ def plan_upstream(source: Source) -> Plan:
         CheckpointError: for fused tensors of another number of experts than config.json says.
     """
     experts = read_config_class(source.config).get_text_config().n_routed_experts
-    _check_blocks(source)
+    _check_blocks(source, one_by_one=False)
     groups: list[Group] = []
     found = 0
     for name, entry in source.entries.items():

@@ -315,6 +315,14 @@ def test_fused_fp8(tmp_path):
     assert_same_tensors(read_tensors(tmp_path / "back"), tensors)
 
 
+@pytest.mark.parametrize("layout", ["hub", "per-expert"])
+@pytest.mark.parametrize("case", ["v3_fp8", "step3_fp8", "longcat_fp8"])
+def test_experts_that_are_not_fused_may_have_any_width(case, layout, tmp_path):
+    """Only what is fused has blocks that could reach over the border of gate and up."""
+    converted(golden(case), tmp_path / "out", "--to", layout)
+    assert_same_tensors(read_tensors(tmp_path / "out"), read_tensors(golden(case)))
+
+
 # --- resharding -------------------------------------------------------------------------------------------------------
 
 
