@@ -36,6 +36,10 @@ class HubStore(Store):
     def files(self) -> dict[str, int]:
         return dict(self.sizes)
 
+    def folders(self) -> list[str]:
+        names = {name.partition("/")[0] for name in self.sizes if "/" in name}
+        return sorted(name for name in names if not name.startswith("."))
+
     def read_file(self, filename: str) -> bytes:
         content = bytearray(self.sizes[filename])
         self.read_into(filename, 0, memoryview(content), "the file")

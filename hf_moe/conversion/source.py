@@ -83,6 +83,10 @@ class Store:
         """Sizes of all files by relative name."""
         raise NotImplementedError
 
+    def folders(self) -> list[str]:
+        """Names of the folders in it, but hidden ones."""
+        raise NotImplementedError
+
     def read_file(self, filename: str) -> bytes:
         """A whole small file."""
         raise NotImplementedError
@@ -124,6 +128,9 @@ class LocalStore(Store):
             paths = sorted(folder.iterdir()) if folder.is_dir() else []
             sizes |= {f"{name}/{path.name}": path.stat().st_size for path in paths if path.is_file()}
         return sizes
+
+    def folders(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
     def check_link(self, filename: str) -> None:
         """Refuses files that are links to somewhere else."""
@@ -192,8 +199,10 @@ class Source:
         return self.store.read_file(filename)
 
     def left_behind(self) -> list[str]:
-        """Weight files that do not belong to the checkpoint: other formats, adapters, what no index names."""
-        return [name for name in self.store.files() if name.endswith(WEIGHTS) and name not in self.files]
+        """What stays: weight files of other formats, adapters, what no index names; and folders, such as pictures."""
+        files = [name for name in self.store.files() if name.endswith(WEIGHTS) and name not in self.files]
+        folders = [f"{name}/" for name in self.store.folders() if name not in CARRIED_FOLDERS]
+        return [name for name in files if f"{name.partition('/')[0]}/" not in folders] + folders
 
     def path(self, filename: str) -> str:
         """The file's name for messages."""

@@ -129,6 +129,10 @@ def test_weight_files_that_are_no_part_of_the_checkpoint_are_named(source, tmp_p
     opened = open_source(folder)
     (note,) = convert(opened, plan_bf16(opened), tmp_path / "out", dry_run=True).notes
     assert note.endswith(": adapter_model.safetensors, mtp.safetensors, pytorch_model.bin")
+    for name in ("figures", ".cache"):  # beside additional_chat_templates, which is carried
+        (folder / name).mkdir()
+    (note,) = convert(open_source(folder), plan_bf16(opened), tmp_path / "out", dry_run=True).notes
+    assert note.endswith(", pytorch_model.bin, figures/")
     assert not convert(open_source(source), plan_bf16(opened), tmp_path / "out", dry_run=True).notes
 
 
