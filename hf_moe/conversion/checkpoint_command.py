@@ -11,10 +11,11 @@ from ..units import bytes_text
 from .adapter import open_adapter
 from .command import carry_out, default_workers
 from .compare import Comparison, compare_checkpoints
-from .inference import open_hub_layout
+from .inference import inference_files, open_hub_layout
 from .merge import plan_merge
 from .run import Summary
 from .slicing import plan_slice
+from .source import LocalStore
 from .verify import Report, verify_folder
 
 _SHOWN = 15  # tensors and names of a comparison that are printed
@@ -39,15 +40,20 @@ def run_verify(
     Returns whether the checkpoint is sound and, with a tolerance, close enough to the other one.
 
     Raises:
-        ValueError: for a tolerance with nothing to compare with.
+        ValueError: for a tolerance with nothing to compare with, and for files of DeepSeek's inference code to compare.
         CheckpointError: if the other checkpoint cannot be read.
     """
     if tolerance is not None and against is None:
         raise ValueError("`--tolerance` belongs to a comparison: give `--against`, too.")
+    other = None if against is None else open_hub_layout(against)  # what is wrong with it is said before the reading
+    if against is not None and folder.is_dir() and inference_files(LocalStore(folder)):
+        raise ValueError(
+            f"{folder}: files of DeepSeek's inference code are not compared. Convert them `--to hub` first."
+        )
     report = verify_folder(folder, values=values, checksums=checksums, progress=not as_json)
     comparison = None
-    if against is not None and report.ok:
-        comparison = compare_checkpoints(open_hub_layout(folder), open_hub_layout(against), progress=not as_json)
+    if other is not None and report.ok:
+        comparison = compare_checkpoints(open_hub_layout(folder), other, progress=not as_json)
     close = comparison is None or tolerance is None or comparison.worst <= tolerance
     if as_json:
         content = report.to_dict() | ({} if comparison is None else {"against": against, **_json(comparison)})

@@ -325,6 +325,16 @@ def test_tolerance_needs_something_to_compare_with():
     assert result.exit_code == 2 and "--against" in message(result)
 
 
+@pytest.mark.parametrize("other", ["nothing", "ranks"])
+def test_what_cannot_be_compared_is_said_before_the_reading(other, tmp_path, monkeypatch):
+    assert run("convert", golden("v3_basic"), tmp_path / "ranks", "--to", "inference").exit_code == 0
+    monkeypatch.setattr("hf_moe.conversion.checkpoint_command.verify_folder", None)
+    result = run("verify", golden("v3_basic"), "--against", tmp_path / other)
+    assert result.exit_code == 2 and str(tmp_path / other) in result.output
+    result = run("verify", tmp_path / "ranks", "--against", golden("v3_basic"))
+    assert result.exit_code == 2 and "ranks: files of DeepSeek's inference code are not compared" in result.output
+
+
 @pytest.mark.parametrize("options, titles", [
     (("--against", golden("v3_basic")), {"values", "checksums", "as bfloat16"}),
     (("--no-values",), {"checksums"}),
