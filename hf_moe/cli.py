@@ -55,7 +55,7 @@ class Precision(StrEnum):
     FP32, BF16, FP8, INT4 = "fp32", "bf16", "fp8", "int4"
 
 
-@app.command()
+@app.command(epilog="Example: hf-moe inspect step3 deepseek-v3 my/config.json --kv-dtype fp8")
 def inspect(
     models: Annotated[
         list[str] | None, typer.Argument(help="Folders, Hub ids, config files or shipped names (deepseek-v3, step3).")
@@ -97,7 +97,7 @@ def inspect(
         )
 
 
-@app.command()
+@app.command(epilog="Example: hf-moe route demo --text README.md --groups 4")
 def route(
     model: Annotated[str | None, typer.Argument(help="Folder, Hub id, or `demo`.")] = None,
     text: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="UTF-8 text to run.")] = None,
@@ -127,7 +127,7 @@ def finetune(context: typer.Context) -> None:
         run_finetune(context.args)
 
 
-@app.command()
+@app.command(epilog="Example: hf-moe push FOLDER owner/name --dry-run")
 def push(
     folder: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
     repo: Annotated[str, typer.Argument(help="owner/name on the Hub; created where it is missing.")],
@@ -160,7 +160,7 @@ def push(
         run_push(folder, repo, options, dry_run)
 
 
-@app.command()
+@app.command(epilog="Example: hf-moe card FOLDER --base-model deepseek-ai/DeepSeek-R1")
 def card(
     folder: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
     out: Annotated[Path | None, typer.Option(help="File to write, `-` to print; left out: README.md there.")] = None,
@@ -179,7 +179,7 @@ def card(
         run_card(folder, out, overwrite, repo, code, CardOptions(base_model, license, title))
 
 
-@app.command()
+@app.command(epilog="Example: hf-moe tokenizer Kimi-K2-Instruct")
 def tokenizer(
     source: Annotated[Path, typer.Argument(help="Folder with tiktoken.model and tokenizer_config.json (Kimi-K2).")],
     target: Annotated[Path | None, typer.Argument(help="Folder to write to; left out: SOURCE.")] = None,
@@ -192,7 +192,7 @@ def tokenizer(
         run_tokenizer(source, target, overwrite)
 
 
-@app.command()
+@app.command(epilog="Example: hf-moe convert deepseek-ai/DeepSeek-V3 V3-bf16 --to bf16")
 def convert(
     source: Annotated[str, typer.Argument(help="Folder of a checkpoint, or Hub id, read without a download.")],
     target: Annotated[Path, typer.Argument(help="Folder to write; it appears when everything is written.")],
@@ -221,7 +221,7 @@ def convert(
         )
 
 
-@app.command()
+@app.command(epilog="Example: hf-moe verify V3-merged --against V3 --tolerance 0.05")
 def verify(
     folder: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
     against: Annotated[str | None, typer.Option(help="Folder or Hub id of a checkpoint to compare with.")] = None,
@@ -239,7 +239,7 @@ def verify(
         raise typer.Exit(2)
 
 
-@app.command("slice")
+@app.command("slice", epilog="Example: hf-moe slice V3 v3-tiny --first-layers 4 --last-layers 1 --experts 8")
 def slice_(
     source: Annotated[str, typer.Argument(help="Folder of a checkpoint, or Hub id, read without a download.")],
     target: Annotated[Path, typer.Argument(help="Folder to write; it appears when everything is written.")],
@@ -258,7 +258,7 @@ def slice_(
         run_slice(source, target, first_layers, last_layers, experts, max_shard_size, workers, dry_run, revision)
 
 
-@app.command()
+@app.command(epilog="Example: hf-moe merge V3 my-lora V3-merged")
 def merge(
     base: Annotated[str, typer.Argument(help="Folder of a checkpoint, or Hub id, read without a download.")],
     adapter: Annotated[str, typer.Argument(help="Folder or Hub id of a LoRA adapter that PEFT saved.")],

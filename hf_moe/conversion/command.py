@@ -90,9 +90,9 @@ def carry_out(
 def print_summary(source: Source, summary: Summary, dry_run: bool) -> None:
     """Prints what a conversion wrote, or would write."""
     console = Console(markup=False)  # names and paths may have brackets
-    table = Table(
-        title=f"{source.name}: {summary.title}{' (nothing written)' if dry_run else ''}", title_justify="left"
-    )
+    title = f"{source.name}: {summary.title}{' (nothing written)' if dry_run else ''}"
+    console.print(title, highlight=False, soft_wrap=True)  # the table's own would break at its width
+    table = Table()
     table.add_column("weight file")
     table.add_column("bytes", justify="right")
     shown = list(summary.shards.items())
