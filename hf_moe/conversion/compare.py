@@ -7,9 +7,13 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from .plain import Plain, plain_view
 from .progress import ProgressDisplay
 from .source import Source
+
+_PIECE = 1 << 18  # elements that are compared at a time: they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -91,14 +95,14 @@ def compare_checkpoints(left: Source, right: Source, progress: bool = False) -> 
 def _difference(left: Plain, right: Plain) -> Difference:
     largest, error, norm = 0.0, 0.0, 0.0
     for begin, end in left.runs():
-        a, b = left.read(begin, end).double(), right.read(begin, end).double()
-        gap = a.sub_(b)
-        if gap.numel():
-            step = gap.abs().max().item()
+        for a, b in zip(left.read(begin, end).flatten().split(_PIECE), right.read(begin, end).flatten().split(_PIECE)):
+            a, b = a.double(), b.double()
+            a -= b
+            low, high = (bound.item() for bound in a.aminmax())
             # NaN in both is no difference that a number could say: it stays NaN and comes first.
-            largest = step if math.isnan(step) else max(largest, step)
-        error += gap.square_().sum().item()
-        norm += b.square_().sum().item()
+            largest = math.nan if math.isnan(low) else max(largest, -low, high)
+            error += torch.dot(a, a).item()
+            norm += torch.dot(b, b).item()
     relative = math.sqrt(error / norm) if norm else (0.0 if error == 0 else math.inf)
     if not (math.isfinite(error) and math.isfinite(largest)):  # infinite values on one side or both, too
         largest = relative = math.inf

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from tiny import tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_moe.conversion import progress
+from hf_moe.conversion import progress, verify
 from hf_moe.conversion.compare import compare_checkpoints
-from hf_moe.conversion.source import open_source
+from hf_moe.conversion.source import LocalStore, open_source, read_header
 from hf_moe.conversion.verify import verify_folder
 
 CASES = sorted(path.parent.name for path in GOLDENS.glob("*/model.safetensors"))
@@ -39,6 +39,30 @@ def test_saved_models_are_sound(family, auto_class, tied, tmp_path):
     model = tiny_model(family, auto_class=auto_class, dtype=torch.bfloat16, tie_word_embeddings=tied)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / INDEX).exists() and verify_folder(tmp_path).problems == []
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2],
+    ids=str,
+)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_bad_values_of_every_piece_are_counted(dtype, bad, tmp_path):
+    values = torch.ones(2 * verify.PIECE + 7).to(dtype)
+    bad = math.nan if dtype == torch.float8_e4m3fn else bad  # which has no infinity
+    values[[0, verify.PIECE - 1, verify.PIECE, -1]] = torch.tensor(bad).to(dtype)
+    save_file({"x.weight": values, "y.weight": torch.ones(3).to(dtype)}, tmp_path / "model.safetensors")
+    entries, _ = read_header(LocalStore(tmp_path), "model.safetensors", (tmp_path / "model.safetensors").stat().st_size)
+    found = [problem for entry in entries for problem in verify.bad_values(entry)]
+    assert len(found) == 1 and "x.weight holds 4 values that are not finite" in found[0]
+
+
+def test_sound_values_are_not_counted(tmp_path, monkeypatch):
+    """Counting takes ten times as long as looking at the bounds."""
+    monkeypatch.setattr(torch.Tensor, "isfinite", None)
+    save_file({"x.weight_scale_inv": torch.ones(9), "y": torch.ones(9).bfloat16()}, tmp_path / "model.safetensors")
+    entries, _ = read_header(LocalStore(tmp_path), "model.safetensors", (tmp_path / "model.safetensors").stat().st_size)
+    assert [problem for entry in entries for problem in verify.bad_values(entry)] == []
 
 
 def set_value(name, value):
