@@ -16,7 +16,8 @@ import torch
 
 from .op_activation import ACTIVATIONS
 from .op_expert_options import ExpertOptions
-from .op_quant import FP8, dequantize_block_fp8, dequantize_rows, quantize_rows
+from .op_fp8 import Fp8Format, decoded_pieces
+from .op_quant import FP8, dequantize_rows, quantize_rows
 
 
 class Fixed(NamedTuple):
@@ -74,12 +75,40 @@ def num_rows(topk_indices: torch.Tensor, num_experts: int, dtype: torch.dtype) -
     return topk_indices.numel() + (num_experts * (_ROWS_STEP - 1) if dtype.itemsize == 2 else 0)
 
 
+class _Matrix(NamedTuple):
+    """One expert's weight (O, I), multiplied in `dtype`. FP8 is decoded some rows at a time, into memory that is there:
+    a whole matrix of real size comes as fresh pages from the system, and takes five times as long."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+    dtype: torch.dtype
+    fp8: Fp8Format
+    parts: int
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """(n, I) rows of `dtype` times the transposed weight: (n, O)."""
+        if self.scale is None:
+            return rows @ self.weight.to(self.dtype).t()  # under autocast, weights may be wider than the tokens
+        output = rows.new_empty(len(rows), len(self.weight))
+        for piece, place in decoded_pieces(self.weight, self.scale, self.fp8, self.parts, self.dtype):
+            output[:, place] = rows @ piece.t()
+        return output
+
+    def backward(self, rows: torch.Tensor) -> torch.Tensor:
+        """(n, O) rows of `dtype` times the weight: (n, I), of FP8 weights in float32 or wider."""
+        if self.scale is None:
+            return rows @ self.weight.to(self.dtype)
+        output = rows.new_zeros(len(rows), self.weight.shape[1], dtype=torch.promote_types(self.dtype, torch.float32))
+        for piece, place in decoded_pieces(self.weight, self.scale, self.fp8, self.parts, self.dtype):
+            output += rows[:, place] @ piece
+        return output
+
+
 def _matrix(
     weight: torch.Tensor, scale: torch.Tensor | None, expert: int, dtype: torch.dtype, fixed: Fixed, parts: int
-):
-    if scale is None:
-        return weight[expert].to(dtype)  # under autocast, weights may be wider than the tokens
-    return dequantize_block_fp8(weight[expert], scale[expert], fixed.options.block_size, parts=parts).to(dtype)
+) -> _Matrix:
+    scale = None if scale is None else scale[expert]
+    return _Matrix(weight[expert], scale, dtype, Fp8Format(fixed.options.block_size), parts)
 
 
 def _multiplied(rows: torch.Tensor, wide: torch.Tensor | None, operands: torch.dtype, fixed: Fixed) -> torch.Tensor:
@@ -144,7 +173,7 @@ def forward(inputs: tuple, fixed: Fixed, save: bool) -> tuple[torch.Tensor, tupl
         x = hidden.index_select(0, tokens)
         x_wide = x.to(wide) if operands == wide or gate_up_a is not None else None
         matrix = _matrix(gate_up_proj, fixed.gate_up_scale, expert, operands, fixed, 2)
-        product = _multiplied(x, x_wide, operands, fixed) @ matrix.t()  # (n, 2I)
+        product = matrix.forward(_multiplied(x, x_wide, operands, fixed))  # (n, 2I)
         both = product.to(wide)
         if gate_up_a is not None:
             small = (_keep(x_wide, fixed.kept_hidden, tokens) @ gate_up_a[expert].to(wide).t()).mul_(fixed.alphas[0])
@@ -153,12 +182,12 @@ def forward(inputs: tuple, fixed: Fixed, save: bool) -> tuple[torch.Tensor, tupl
                 low[at] = small
         if save:
             pre.append(product if product.dtype == dtype and gate_up_a is None else both.to(dtype))
-        del x, x_wide, product, matrix
+        del x, x_wide, product
         gate, up = _limited(*both.chunk(2, dim=-1), fixed)
         inner = value(gate).mul_(up)  # (n, I)
         del both, gate, up
         matrix = _matrix(down_proj, fixed.down_scale, expert, operands, fixed, 1)
-        rows = (_multiplied(inner, inner, operands, fixed) @ matrix.t()).to(wide)  # (n, H)
+        rows = matrix.forward(_multiplied(inner, inner, operands, fixed)).to(wide)  # (n, H)
         if down_a is not None:
             small = (_keep(inner, fixed.kept_inner, places) @ down_a[expert].to(wide).t()).mul_(fixed.alphas[1])
             rows = rows.addmm_(small, down_b[expert].to(wide).t())
@@ -235,8 +264,7 @@ def _backward_expert(rows: _Rows, pre, grad_output: torch.Tensor, inputs: _Input
     # Rows that were quantised pass their gradient as if they had not been.
     operands = _operands(len(slots), dtype, inputs.down_proj)
     matrix = _matrix(inputs.down_proj, fixed.down_scale, expert, operands, fixed, 1)
-    grad_inner = (sums.to(operands) @ matrix).to(wide)
-    del matrix
+    grad_inner = matrix.backward(sums.to(operands)).to(wide)
     if inputs.down_a is not None:
         small = (sums.to(wide) @ inputs.down_b[expert].to(wide)).mul_(fixed.alphas[1])  # (n, R)
         grad_inner = _add_low(grad_inner, small, inputs.down_a[expert].to(wide), fixed.kept_inner, slots)
@@ -272,8 +300,7 @@ def _backward_gate_up(rows: _Rows, grad_wide: torch.Tensor, inputs: _Inputs, fix
     narrow = _operands(len(tokens), dtype)
     grad_pre = grad_wide.to(narrow)  # (n, 2I)
     matrix = _matrix(inputs.gate_up_proj, fixed.gate_up_scale, expert, operands, fixed, 2)
-    grad_x = (grad_pre.to(operands) @ matrix).to(wide)  # (n, H)
-    del matrix
+    grad_x = matrix.backward(grad_pre.to(operands)).to(wide)  # (n, H)
     x = hidden.index_select(0, tokens) if grads[2] is not None or grads[4] is not None else None
     if grads[2] is not None:
         _write_product(grad_pre.t(), x, grads[2][expert], dtype)

@@ -72,7 +72,7 @@ def dequantize(
     if weight.dim() != 2 or weight.device.type != "cpu" or dtype == torch.float32 or torch.compiler.is_compiling():
         return dequantize_block_fp8(weight, scale, fp8.block_size, parts).to(dtype)
     output = weight.new_empty(weight.shape, dtype=dtype)
-    for piece, place in _pieces(weight, scale, fp8, parts, torch.float32):
+    for piece, place in decoded_pieces(weight, scale, fp8, parts, torch.float32):
         output[place] = piece
     return output
 
@@ -124,7 +124,7 @@ def fp8_mm(rows, weight, scale, fp8: Fp8Format, parts: int = 1, quantize: bool =
         rows = dequantize_rows(*quantize_rows(rows, ue8m0=fp8.ue8m0)).to(wide)
     if rows.device.type == "cpu" and 0 < rows.shape[0] <= _FEW_ROWS:
         return _few_rows_mm(rows, weight, scale, fp8, parts).to(dtype)
-    outputs = [linear(rows, piece) for piece, _ in _pieces(weight, scale, fp8, parts, rows.dtype)]
+    outputs = [linear(rows, piece) for piece, _ in decoded_pieces(weight, scale, fp8, parts, rows.dtype)]
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).to(dtype)
 
 
@@ -159,12 +159,14 @@ def fp8_mm_backward(grad, weight, scale, fp8: Fp8Format, parts: int = 1) -> torc
         return multiply(grad, weight, scale, out_dtype=grad.dtype, transposed=True)
     wide = torch.promote_types(grad.dtype, torch.float32)
     output = grad.new_zeros(grad.shape[0], weight.shape[1], dtype=wide)
-    for piece, rows in _pieces(weight, scale, fp8, parts, grad.dtype):
+    for piece, rows in decoded_pieces(weight, scale, fp8, parts, grad.dtype):
         output += torch.mm(grad[:, rows], piece)
     return output.to(grad.dtype)
 
 
-def _pieces(weight, scale, fp8: Fp8Format, parts: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, slice]]:
+def decoded_pieces(
+    weight: torch.Tensor, scale: torch.Tensor, fp8: Fp8Format, parts: int, dtype: torch.dtype
+) -> Iterator[tuple[torch.Tensor, slice]]:
     """Decoded rows of the weight, block by block, each with its place among the output features. A piece is good until
     the next one is asked for."""
     for rows, blocks in _row_pieces(weight, fp8, parts):

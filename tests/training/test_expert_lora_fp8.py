@@ -4,12 +4,15 @@ import copy
 
 import pytest
 import torch
+from expert_cases import Shape, make_case, run_with_gradients
 from lora_cases import EXPERTS, adapted, factors_of, ids_of, wrappers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from testing import GOLDENS, assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from hf_moe.models.op_experts import experts
 from hf_moe.models.op_quant import FP8, dequantize_block_fp8, quantize_block_fp8
 from hf_moe.training.lora import check_targets
 
@@ -47,6 +50,25 @@ def test_values_and_gradients_are_those_beside_decoded_weights(family):
             assert results[0][name] is None
         else:
             assert_close(name, results[0][name], expected, "float32_grad" if "lora" in name else "float32")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_no_matrix_of_an_expert_is_decoded_whole(dtype, monkeypatch):
+    """One of real size would come as fresh pages from the system, which takes longer than the product."""
+    monkeypatch.setattr("hf_moe.models.op_fp8._PIECE", 1 << 14)
+    case = make_case(Shape(48, 2, 1, "even"), 512, 384, dtype, weights="fp8", rank=4)
+    size, made = min(case.gate_up_proj[0].numel(), case.down_proj[0].numel()), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            if isinstance(output, torch.Tensor) and output.dtype.is_floating_point and output.dtype != FP8:
+                made.append(output.numel())
+            return output
+
+    with Watch():
+        run_with_gradients(experts, case)
+    assert made and max(made) < size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
