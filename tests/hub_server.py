@@ -331,8 +331,6 @@ class Handler(BaseHTTPRequestHandler):
         stated = re.search(r"^license: (.*)$", content, re.MULTILINE)
         if stated and stated[1] not in LICENCES:
             problem = f'"license" must be one of [{", ".join(LICENCES)}]'
-            if self.headers["Accept"] == "text/plain":
-                return 400, f"- Error: {problem}".encode()
             return 400, json.dumps({"errors": [{"message": problem}], "warnings": []}).encode()
         warnings = [] if metadata else [{"message": "empty or missing yaml metadata"}]
         return 200, json.dumps({"errors": [], "warnings": warnings}).encode()

@@ -254,7 +254,7 @@ def push(
     api = HfApi(token=options.token)
     with clear_errors(repo):  # a wrong token or licence should not show after hours of reading and sending weights
         exists = _look(api, repo, options, report)
-        _check_card(plan)
+        _check_card(api, plan)
     report(f"verifying {folder} ...")
     verify_before_push(folder, progress)
     with clear_errors(repo):
@@ -292,19 +292,31 @@ def _look(api: HfApi, repo: str, options: PushOptions, report: Callable[[str], N
     return True
 
 
-def _check_card(plan: Plan) -> None:
+def _check_card(api: HfApi, plan: Plan) -> None:
     """Asks the Hub about the metadata of README.md, such as the licence, as it would itself before the commit."""
     content = next((upload.content for upload in plan.uploads if upload.name == README), None)
     if content is None:
         return
-    data = content if isinstance(content, bytes) else content.read_bytes()
+    text = (content if isinstance(content, bytes) else content.read_bytes()).decode("utf-8", errors="replace")
     try:
-        ModelCard(data.decode("utf-8", errors="replace"), ignore_metadata_errors=True).validate()
+        ModelCard(text, ignore_metadata_errors=True)
+        problems = _metadata_problems(api, text)
     except (ValueError, YAMLError) as error:
+        problems = str(error)
+    if problems:
         raise PushError(
-            f"The Hub would refuse the metadata of README.md: {error} Give --license in the Hub's spelling, or mend "
-            "the README.md of the folder."
-        ) from error
+            f"The Hub would refuse the metadata of README.md: {problems}. Give --license in the Hub's spelling, or "
+            "mend the README.md of the folder."
+        )
+
+
+def _metadata_problems(api: HfApi, card: str) -> str:
+    """What the Hub finds wrong with a card. `ModelCard.validate` asks huggingface.co, wherever the push goes, before
+    huggingface_hub 2. Any answer but a refusal is left to the commit, which asks again."""
+    body = {"content": card, "repoType": "model"}
+    answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=body)
+    errors = answer.json().get("errors", []) if answer.status_code == 400 else []
+    return "; ".join(error["message"] for error in errors)
 
 
 def _theirs(api: HfApi, plan: Plan, options: PushOptions) -> bool:
