@@ -1,6 +1,7 @@
 """LoRA on FP8 experts and projections: trained beside frozen FP8 weights, merged into them block by block."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -56,6 +57,7 @@ def test_values_and_gradients_are_those_beside_decoded_weights(family):
 def test_no_matrix_of_an_expert_is_decoded_whole(dtype, monkeypatch):
     """One of real size would come as fresh pages from the system, which takes longer than the product."""
     monkeypatch.setattr("hf_moe.models.op_fp8._PIECE", 1 << 14)
+    monkeypatch.setattr("hf_moe.models.op_fp8._memory", threading.local())  # no larger than these pieces need
     case = make_case(Shape(48, 2, 1, "even"), 512, 384, dtype, weights="fp8", rank=4)
     size, made = min(case.gate_up_proj[0].numel(), case.down_proj[0].numel()), []
 
