@@ -16,7 +16,7 @@ import torch
 
 from .op_activation import ACTIVATIONS
 from .op_expert_options import ExpertOptions
-from .op_fp8 import Fp8Format, decoded_pieces
+from .op_fp8 import Fp8Format, decoded_pieces, wide_mm_backward
 from .op_quant import FP8, dequantize_rows, quantize_rows
 
 
@@ -98,10 +98,7 @@ class _Matrix(NamedTuple):
         """(n, O) rows of `dtype` times the weight: (n, I), of FP8 weights in float32 or wider."""
         if self.scale is None:
             return rows @ self.weight.to(self.dtype)
-        output = rows.new_zeros(len(rows), self.weight.shape[1], dtype=torch.promote_types(self.dtype, torch.float32))
-        for piece, place in decoded_pieces(self.weight, self.scale, self.fp8, self.parts, self.dtype):
-            output += rows[:, place] @ piece
-        return output
+        return wide_mm_backward(rows, self.weight, self.scale, self.fp8, self.parts)
 
 
 def _matrix(

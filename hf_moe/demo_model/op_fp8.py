@@ -157,11 +157,16 @@ def fp8_mm_backward(grad, weight, scale, fp8: Fp8Format, parts: int = 1) -> torc
     """`grad @ dequantized(weight)`: (M, O) to (M, I), summed in float32."""
     if parts == 1 and _uses_kernels(grad, grad.dtype, fp8):
         return multiply(grad, weight, scale, out_dtype=grad.dtype, transposed=True)
+    return wide_mm_backward(grad, weight, scale, fp8, parts).to(grad.dtype)
+
+
+def wide_mm_backward(grad, weight, scale, fp8: Fp8Format, parts: int = 1) -> torch.Tensor:
+    """`fp8_mm_backward` without kernels, before it is rounded: float32, or float64 of float64."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     output = grad.new_zeros(grad.shape[0], weight.shape[1], dtype=wide)
     for piece, rows in decoded_pieces(weight, scale, fp8, parts, grad.dtype):
         output += torch.mm(grad[:, rows], piece)
-    return output.to(grad.dtype)
+    return output
 
 
 def decoded_pieces(
