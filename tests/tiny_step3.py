@@ -14,6 +14,7 @@ from hf_moe.models.modeling_step3_vl import Step3VLForConditionalGeneration
 from hf_moe.models.processing_step3_vl import Step3VLProcessor
 
 # No two sizes are equal, so that a swapped dimension fails.
+PIXELS = ("pixel_values", "patch_pixel_values", "num_patches", "patch_newline_mask")  # what pictures become
 TEXT = {
     "vocab_size": 101,
     "hidden_size": 48,

@@ -10,6 +10,7 @@ import transformers.modeling_flash_attention_utils as flash_utils
 from checkpoints import golden, max_difference
 from testing import load_golden
 from tiny import random_ids
+from tiny_step3 import PIXELS
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +23,6 @@ import hf_moe  # noqa: F401  (registers the models)
 
 CASES = ["v3_mtp2", "v2_lite_greedy", "kimi_k2", "v3_fp8", "step3_text", "longcat_flash", "longcat_lite_ngram"]
 WITH_MTP = ["v3_mtp2", "v3_fp8", "longcat_flash", "longcat_lite_ngram"]
-PIXELS = ("pixel_values", "patch_pixel_values", "num_patches", "patch_newline_mask")
 PACKED = [5, 7]  # lengths of the sequences in a row
 
 

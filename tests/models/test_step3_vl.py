@@ -22,7 +22,7 @@ from checkpoints import (
 from PIL import Image
 from testing import assert_close, assert_golden, load_golden
 from tiny import random_ids
-from tiny_step3 import processor, tokenizer, vl_config, vl_model
+from tiny_step3 import PIXELS, processor, tokenizer, vl_config, vl_model
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -41,8 +41,6 @@ from hf_moe.models.configuration_step3_vl import Step3VLConfig
 from hf_moe.models.modeling_step3_text import Step3TextForCausalLM
 from hf_moe.models.modeling_step3_vl import Step3VLForConditionalGeneration, Step3VLModel
 from hf_moe.models.weights_safetensors import CheckpointError
-
-PIXELS = ("pixel_values", "patch_pixel_values", "num_patches", "patch_newline_mask")
 
 
 @functools.cache
